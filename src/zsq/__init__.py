@@ -1,0 +1,43 @@
+"""zsq: quantize a trained vision network to 2 to 8 bits without any data.
+
+The names below are loaded on first use: `import zsq` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BadInput": "zsq.errors",
+    "RunFailed": "zsq.errors",
+    "Interrupted": "zsq.errors",
+    "ZsqError": "zsq.errors",
+    "QuantSpec": "zsq.insert",
+    "quantize": "zsq.insert",
+    "quantized_weights": "zsq.insert",
+    "GradientInundation": "zsq.inundation",
+    "Run": "zsq.run",
+    "Teacher": "zsq.teachers",
+    "load_teacher": "zsq.teachers",
+    "calibrate": "zsq.fit",
+    "fit": "zsq.fit",
+    "produce": "zsq.pipeline",
+    "evaluate": "zsq.finished",
+}
+
+__all__ = ["__version__", "recipes", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "recipes":
+        return importlib.import_module("zsq.recipes")
+    if name not in _HOME:
+        raise AttributeError(f"module 'zsq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

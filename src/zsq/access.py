@@ -1,0 +1,130 @@
+"""What a student is made of: its latent weights, its activation quantizers, its ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zsq.errors import BadInput
+from zsq.grid import Grid, encode
+from zsq.quantizer import Quantizer
+from zsq.quantizer_base import ObservedRange
+from zsq.weight_path import WeightPath, exact
+
+# Names of the student's modules that hold what belongs to call sites.
+SITES, FUNCTIONS = "zsq_sites", "zsq_functions"
+
+
+class QuantizedWeight(NamedTuple):
+    """A latent weight and how it is rounded.
+
+    Attributes:
+        name: name of its layer.
+        parameter: the latent parameter, which the optimizer updates.
+        grid: gives the grid of the parameter (or of candidate values of its shape) in the parameter's own coordinates:
+            ``encode(parameter, grid())`` are the codes the layer computes with, also if a BatchNorm is folded into it.
+        bits: of a code.
+        axis: dimension of the output channels.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    grid: Callable[..., Grid]
+    bits: int
+    axis: int | None
+
+
+def quantized_weights(student: nn.Module) -> list[QuantizedWeight]:
+    """List the latent weights of a student, each parameter once, however many layers share it.
+
+    Args:
+        student: from `quantize`.
+
+    Returns:
+        One entry per parameter. Layers whose weight is computed from several parameters of other shapes are left out.
+    """
+    found: dict[int, QuantizedWeight] = {}
+    functions: Any = getattr(_require_student(student), FUNCTIONS, None)
+    names = {f"{FUNCTIONS}.{key}": name for name, key in functions.names.items()} if functions is not None else {}
+    for place, layer in student.named_modules():
+        path = getattr(layer, "weight_path", None)
+        if not isinstance(path, WeightPath) or not path.parameter:
+            continue
+        latent = (student if place in names else layer).get_parameter(path.parameter)
+
+        def grid(values: Tensor | None = None, *, path: WeightPath = path, latent: nn.Parameter = latent) -> Grid:
+            return path.latent_grid(latent if values is None else values)
+
+        weight = QuantizedWeight(names.get(place, place), latent, grid, path.quantizer.bits, path.quantizer.axis)
+        found.setdefault(id(latent), weight)
+    return list(found.values())
+
+
+def codes_and_latents(student: nn.Module) -> dict[str, Tensor]:
+    """Give what a weight's history consists of.
+
+    Returns:
+        Per quantized weight NAME: ``NAME.codes`` (int8) and ``NAME.latent`` (detached), both of the parameter's shape.
+    """
+    tensors = {}
+    with torch.no_grad():
+        for weight in quantized_weights(student):
+            tensors[f"{weight.name}.codes"] = encode(weight.parameter, weight.grid()).to(torch.int8)
+            tensors[f"{weight.name}.latent"] = weight.parameter.detach()
+    return tensors
+
+
+def activation_quantizers(student: nn.Module) -> dict[str, Quantizer]:
+    """Give the activation quantizers of a student by site name, in order of execution."""
+    holder: Any = getattr(_require_student(student), SITES)
+    return {name: getattr(holder, key) for name, key in holder.names.items()}
+
+
+def freeze_ranges(student: nn.Module) -> None:
+    """Fix every range of a student, weights included; live min/max ranges have nothing to fix."""
+    for module in _require_student(student).modules():
+        if isinstance(module, Quantizer):
+            module.freeze()
+
+
+def observe_ranges(student: nn.Module) -> None:
+    """Let every range with a state follow what it sees again, as right after `quantize`."""
+    for module in _require_student(student).modules():
+        if isinstance(module, ObservedRange):
+            module.observing = True
+
+
+@contextmanager
+def without_quantizers(student: nn.Module) -> Iterator[nn.Module]:
+    """Let a student compute like its float network within a ``with`` block (folded BatchNorms stay folded).
+
+    Args:
+        student: from `quantize`; nothing of its state changes.
+    """
+    sites = activation_quantizers(student).values()
+    before = [quantizer.__dict__.get("forward") for quantizer in sites]
+    with exact([module for module in student.modules() if isinstance(module, WeightPath)]):
+        for quantizer in sites:
+            quantizer.__dict__["forward"] = _unchanged
+        try:
+            yield student
+        finally:
+            for quantizer, forward in zip(sites, before, strict=True):
+                del quantizer.__dict__["forward"]
+                if forward is not None:  # within another such block
+                    quantizer.__dict__["forward"] = forward
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _require_student(student: nn.Module) -> nn.Module:
+    if not hasattr(student, SITES):
+        fix = "Give what zsq.quantize returned first."
+        raise BadInput("student", expected="a network with quantizers", got=type(student).__name__, fix=fix)
+    return student

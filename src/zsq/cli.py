@@ -1,0 +1,231 @@
+"""The command `zsq`: the only module that knows everything. It parses, calls, prints, and gives exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from cyclopts import App, CycloptsError
+from rich.console import Console
+from rich.table import Table
+
+from zsq import __version__
+from zsq.errors import BadInput, ZsqError
+from zsq.options import QuantOptions, RunOptions, TeacherOptions, layer_bits, recipe_options
+
+DEFAULT_RECIPE = "ait"
+
+app = App(name="zsq", version=__version__, help="Quantize a trained vision network to 2 to 8 bits without any data.")
+
+
+def main(tokens: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 128+signal when interrupted."""
+    arguments = list(sys.argv[1:] if tokens is None else tokens)
+    try:
+        if arguments[:1] == ["quantize"]:
+            del app["quantize"]  # the placeholder for `zsq --help`, or the options of the recipe before
+            app.command(quantize_command(named_recipe(arguments)), name="quantize")
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        stop(f"{' '.join(str(error).split())}. See `zsq {' '.join(arguments[:1])} --help`.", 2)
+    except ZsqError as error:
+        stop(str(error), error.exit_code)
+    except KeyboardInterrupt:  # outside a run there is nothing to save
+        stop("interrupted.", 130)
+
+
+def stop(message: str, code: int) -> None:
+    """Print one error message to standard error and exit."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"zsq: {message}", markup=False)
+    sys.exit(code)
+
+
+def show(result: dict[str, Any], *, as_json: bool, title: str) -> None:
+    """Print a result: one JSON object, or a two-column table."""
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    table = Table(title=title, show_header=False)
+    for key, value in result.items():
+        table.add_row(key.replace("_", " "), in_words(key, value))
+    Console(highlight=False).print(table)
+
+
+def in_words(key: str, value: object) -> str:
+    """One value of a summary for people: shares as percent, lists and tables in one line."""
+    if isinstance(value, float) and (key.endswith(("score", "agreement", "top5"))):
+        return f"{100 * value:.2f} %"
+    if isinstance(value, list) and all(isinstance(item, float) for item in value):
+        return " to ".join(f"{100 * item:.2f} %" for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    return str(value)
+
+
+def named_recipe(arguments: Sequence[str]) -> str:
+    """The recipe the command line names; its own options are read from its signature before parsing."""
+    for position, token in enumerate(arguments):
+        if token == "--recipe" and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if token.startswith("--recipe="):
+            return token.partition("=")[2]
+    return DEFAULT_RECIPE
+
+
+def quantize_command(recipe_name: str) -> Callable[..., None]:
+    """The command `zsq quantize` with the options of one recipe."""
+    from zsq import recipes
+
+    own = recipe_options(recipes.load(recipe_name))
+
+    def quantize(
+        teacher: str = "digits",
+        *,
+        recipe: str = DEFAULT_RECIPE,
+        quant: QuantOptions | None = None,
+        running: RunOptions | None = None,
+        facts: TeacherOptions | None = None,
+        special: Any = None,
+    ) -> None:
+        quantize_network(teacher, recipe, quant or QuantOptions(), running or RunOptions(), facts or TeacherOptions(),
+                         {} if special is None else asdict(special))  # fmt: skip
+
+    quantize.__doc__ = (
+        "Quantize a network without data.\n\nArgs:\n    teacher: a name from `zsq list teachers`, or FILE.py:CALLABLE."
+        f"\n    recipe: the method (see `zsq list recipes`); the options below are those of {recipe_name}."
+    )
+    quantize.__annotations__["special"] = own | None
+    return quantize
+
+
+def quantize_network(
+    teacher_name: str,
+    recipe: str,
+    quant: QuantOptions,
+    running: RunOptions,
+    facts: TeacherOptions,
+    special: dict[str, Any],
+) -> None:
+    """Load the teacher, run the recipe, print the summary."""
+    from zsq import pipeline
+    from zsq.data import load_data
+    from zsq.insert import QuantSpec
+    from zsq.run import Run
+    from zsq.teachers import load_teacher
+
+    spec = QuantSpec(
+        weight_bits=quant.weight_bits or quant.bits, act_bits=quant.act_bits or quant.bits, placement=quant.placement,
+        include=tuple(quant.include), exclude=tuple(quant.exclude), layer_bits=layer_bits(quant.layer_bits),
+        leaf=tuple(facts.leaf),
+    )  # fmt: skip
+    device = pipeline.resolve_device(running.device)
+    teacher = load_teacher(teacher_name, **facts.facts(), device=device)
+    data = load_data(running.eval, teacher) if running.eval else None
+    images = pipeline.load_pool(running.images, teacher, batch=running.batch, apart_from=running.eval)
+    options = {key: value for key, value in special.items() if value is not None}
+    options |= {"budget": running.budget, "fidelity": running.fidelity}
+    options |= {k: v for k in ("base", "steps", "batch", "micro_batch") if (v := getattr(running, k)) is not None}
+    path = running.run or pipeline.default_path(teacher, recipe, spec, running.seed)
+    config = {
+        "teacher": {"name": teacher_name, **facts.facts(), "fingerprint": teacher.fingerprint},
+        "recipe": recipe, "spec": spec.to_json(), "options": options, "images": running.images,
+    }  # fmt: skip
+    with Run(path, config=config, seed=running.seed, device=device, resume=running.resume) as run:
+        summary = pipeline.produce(teacher, run, recipe=recipe, spec=spec, images=images, options=options, data=data)
+    show(summary, as_json=running.json, title=f"{teacher.name}, {recipe}, W{spec.weight_bits}A{spec.act_bits}: {path}")
+
+
+@app.command
+def quantize() -> None:
+    """Quantize a network without data. `zsq quantize --help` lists the options."""
+
+
+@app.command
+def evaluate(subject: str, *, data: str | None = None, device: Literal["auto", "cpu", "cuda"] = "auto",
+             json: bool = False, facts: TeacherOptions | None = None) -> None:  # fmt: skip
+    """Score a run or a teacher; without --data, how far a run's student agrees with its teacher.
+
+    Args:
+        subject: a run directory, or a teacher as for `zsq quantize`.
+        data: labelled set (see `zsq list data`).
+        device: where to compute.
+        json: print one JSON object instead of a table.
+        facts: facts of a network that the package does not know.
+    """
+    from zsq import finished, pipeline
+
+    where = pipeline.resolve_device(device)
+    if Path(subject).is_dir():
+        result = finished.evaluate(Path(subject), data=data, device=where)
+    elif data is None:
+        raise BadInput("zsq evaluate", expected=f"--data to score {subject!r} on, or a run directory", got="neither",
+                       fix="See `zsq list data` and `zsq list teachers`.")  # fmt: skip
+    else:
+        result = finished.evaluate_teacher(subject, (facts or TeacherOptions()).facts(), data=data, device=where)
+    show(result, as_json=json, title=subject)
+
+
+@app.command(name="list")
+def listing(what: Literal["recipes", "teachers", "data"], *, json: bool = False) -> None:
+    """List what there is to choose from.
+
+    Args:
+        what: recipes, teachers or data.
+        json: print one JSON object instead of a table.
+    """
+    from zsq import catalogue
+
+    rows = getattr(catalogue, what)()
+    if json:
+        sys.stdout.write(_json_rows(what, rows))
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    Console(highlight=False).print(table)
+
+
+@app.command
+def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, output: Path | None = None,
+          json: bool = False) -> None:  # fmt: skip
+    """Run a matrix of teachers, methods, bits and seeds, and print one table.
+
+    Args:
+        matrix: MATRIX.toml; see bench/ for examples.
+        runs: folder for the run directories; run the command again to go on where it stopped.
+        jobs: cells side by side, one core each.
+        output: also write the results to this file.
+        json: print one JSON object instead of a table.
+    """
+    from zsq import bench as benchmark
+    from zsq.checkpoint import write_json_atomic
+
+    say = Console(stderr=True, highlight=False)
+    result = benchmark.run_matrix(matrix, runs=runs, jobs=jobs, report=lambda line: say.print(line, markup=False))
+    if output is not None:
+        write_json_atomic(output, result)
+    if json:
+        sys.stdout.write(_json_rows("bench", [result]))
+        return
+    table = Table(
+        "teacher", "bits", "method", "seeds", "float", "student", "drop", "agreement", "minutes", title=matrix.name
+    )
+    for row in result["table"]:
+        spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.2f}"
+        table.add_row(row["teacher"], row["bits"], row["method"], str(row["seeds"]),
+                      f"{100 * row['teacher_score']:.2f}",
+                      f"{100 * row['student_score']:.2f}{spread}", f"{row['drop_points']:.2f}",
+                      f"{100 * row['agreement']:.2f}", f"{row['seconds'] / 60:.1f}")  # fmt: skip
+    Console(highlight=False).print(table)
+
+
+def _json_rows(what: str, rows: list[dict[str, str]]) -> str:
+    return json.dumps({what: rows}) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Labelled test sets by name. Only the evaluation reads labels; no recipe can import this."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zsq.data_files import Found, Shape, open_npz, read_cifar, read_digits, read_npz, sha256_of
+from zsq.errors import BadInput
+from zsq.image_files import read_folder
+from zsq.teachers import Teacher
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """A labelled test set, read batch by batch in the input space of one teacher.
+
+    Attributes:
+        name: file or folder name and slice, without the path.
+        sha256: of the whole file, or over names and bytes of all files of a folder.
+        labels: shape [count], int64, on the CPU.
+        teacher: whose normalisation applies.
+        found: where the pixels come from.
+    """
+
+    name: str
+    sha256: str
+    labels: Tensor
+    teacher: Teacher
+    found: Found
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.found.count
+
+    def batches(self, size: int = CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give images and labels in order, once per call.
+
+        Args:
+            size: images per batch; the last may have fewer.
+
+        Yields:
+            Images [b, c, h, w], float32, normalised; labels [b], int64; both on the teacher's device.
+        """
+        for start in range(0, self.count, size):
+            stop = min(start + size, self.count)
+            images = self.teacher.normalise(self.found.read(start, stop))
+            yield images, self.labels[start:stop].to(images.device)
+
+
+Reader = Callable[..., Found]  # of what follows the colon, the teacher, and with_labels=
+
+
+def _digits(rest: str, teacher: Teacher, *, with_labels: bool) -> Found:
+    _same_classes("digits", 10, teacher)
+    return read_digits(rest, _shape(teacher))
+
+
+def _npz(rest: str, teacher: Teacher, *, with_labels: bool) -> Found:
+    path, part = split_slice(rest)
+    return read_npz(path, part, _shape(teacher), with_labels=with_labels)
+
+
+def _cifar(classes: int) -> Reader:
+    def read(rest: str, teacher: Teacher, *, with_labels: bool) -> Found:
+        _same_classes(f"cifar{classes}", classes, teacher)
+        return read_cifar(Path(rest), _shape(teacher), classes=classes)
+
+    return read
+
+
+def _folder(rest: str, teacher: Teacher, *, with_labels: bool) -> Found:
+    return read_folder(Path(rest), _shape(teacher), classes=teacher.classes, with_labels=with_labels)
+
+
+# A new form of DATA is one function and one line here, and one in `zsq list data` (catalogue.py).
+READERS: dict[str, Reader] = {
+    "digits": _digits,
+    "npz": _npz,
+    "cifar10": _cifar(10),
+    "cifar100": _cifar(100),
+    "imagefolder": _folder,
+}
+
+
+def load_data(spec: str, teacher: Teacher) -> LabelledData:
+    """Open a labelled test set.
+
+    Args:
+        spec: ``digits`` (its held-out part; ``digits:train`` is the rest), ``npz:FILE``, ``npz:FILE[a:b]``,
+            ``cifar10:DIR``, ``cifar100:DIR`` or ``imagefolder:DIR``.
+        teacher: whose input shape, normalisation, resize, crop and classes apply. Image files are resized and cropped;
+            arrays must have the network's size.
+
+    Returns:
+        The set; images are decoded when its batches are read.
+
+    Raises:
+        BadInput: for an unknown form, or files that are missing, damaged or do not fit the teacher.
+    """
+    found = _open(spec, teacher, with_labels=True)
+    low, high = int(found.labels.min()), int(found.labels.max())
+    if low < 0 or high >= teacher.classes:
+        raise BadInput(
+            f"data {spec}",
+            expected=f"labels from 0 to {teacher.classes - 1}, the classes of {teacher.name}",
+            got=f"{low} to {high}",
+            fix="Number the classes from 0, as the network does.",
+        )
+    return LabelledData(_short(spec), found.sha256, found.labels, teacher, found)
+
+
+def load_images(spec: str, teacher: Teacher) -> Tensor:
+    """Read pixels alone: labels are not even opened.
+
+    Args:
+        spec: as for `load_data`; an image folder may then be any folder.
+        teacher: whose input shape and normalisation apply.
+
+    Returns:
+        Shape [n, c, h, w], float32, normalised, on the teacher's device.
+
+    Raises:
+        BadInput: as for `load_data`.
+    """
+    found = _open(spec, teacher, with_labels=False)
+    parts = [found.read(a, min(a + CHUNK, found.count)) for a in range(0, found.count, CHUNK)]
+    return torch.cat([teacher.normalise(part) for part in parts])
+
+
+def check_disjoint(images: str, evaluation: str) -> None:
+    """Refuse a pool that contains images of the evaluation set.
+
+    Args:
+        images: a DATA string whose pixels will be used.
+        evaluation: the DATA string that will be scored on.
+
+    Raises:
+        BadInput: if both name a common part of the same file (also a copy of it) or folder.
+    """
+    (source, start, stop), (other, first, last) = _extent(images), _extent(evaluation)
+    same = source == other or (
+        isinstance(source, Path)
+        and isinstance(other, Path)
+        and (source.is_relative_to(other) or other.is_relative_to(source))
+    )
+    if same and start < last and first < stop:
+        raise BadInput(
+            f"--images {images}",
+            expected=f"images apart from those of --eval {evaluation}",
+            got="common ones",
+            fix="Choose disjoint slices, e.g. [:2000] and [2000:].",
+        )
+
+
+def split_slice(text: str) -> tuple[Path, slice]:
+    """Read ``FILE`` or ``FILE[a:b]``; bounds as in Python, either may be left out or negative.
+
+    Raises:
+        BadInput: for anything else in the brackets.
+
+    Example:
+        >>> split_slice("set.npz[2000:]")[1]
+        slice(2000, None, None)
+    """
+    file, bracket, inner = text.removesuffix("]").rpartition("[") if text.endswith("]") else (text, "", "")
+    if not bracket:
+        return Path(text), slice(None)
+    bounds = re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", inner)
+    if bounds is None or not file:
+        raise BadInput(
+            f"data npz:{text}",
+            expected="FILE or FILE[a:b] with whole numbers a and b",
+            got=f"[{inner}]",
+            fix="For example npz:test.npz[2000:] or npz:test.npz[:-100].",
+        )
+    start, stop = (None if bound is None else int(bound) for bound in bounds.groups())
+    return Path(file), slice(start, stop)
+
+
+def _open(spec: str, teacher: Teacher, *, with_labels: bool) -> Found:
+    kind, _, rest = spec.partition(":")
+    if kind not in READERS or (kind != "digits" and not rest):
+        forms = "digits, npz:FILE, npz:FILE[a:b], " + ", ".join(
+            f"{k}:DIR" for k in READERS if k not in ("digits", "npz")
+        )
+        raise BadInput("data", expected=forms, got=repr(spec), fix="See `zsq list data`.")
+    return READERS[kind](rest, teacher, with_labels=with_labels)
+
+
+def _shape(teacher: Teacher) -> Shape:
+    return Shape(teacher.image, teacher.resize, teacher.crop)
+
+
+def _same_classes(name: str, classes: int, teacher: Teacher) -> None:
+    if teacher.classes != classes:
+        raise BadInput(
+            f"data {name}",
+            expected=f"a network with {classes} classes",
+            got=f"{teacher.classes} ({teacher.name})",
+            fix="Choose the set the network was trained for.",
+        )
+
+
+def _short(spec: str) -> str:
+    """The spec without folders: results never carry a path of one machine."""
+    kind, _, rest = spec.partition(":")
+    if kind == "digits":
+        return spec
+    if kind == "npz":
+        path, _ = split_slice(rest)
+        return path.name + rest[len(rest.partition("[")[0]) :] if rest.endswith("]") else path.name
+    return f"{kind} {Path(rest).resolve().name}"
+
+
+def _extent(spec: str) -> tuple[object, int, float]:
+    """Source, first and last position of the images that a spec names."""
+    kind, _, rest = spec.partition(":")
+    if kind == "npz":
+        path, part = split_slice(rest)
+        start, stop, _ = part.indices(len(open_npz(path, ("images",))["images"]))
+        return sha256_of(path), start, stop
+    source = rest if kind == "digits" else Path(rest).resolve()
+    return source, 0, float("inf")

@@ -1,0 +1,95 @@
+"""What can be done with a finished run: read it back, score it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zsq import pipeline
+from zsq.checkpoint import load_tree, read_json, write_json_atomic
+from zsq.data import load_data
+from zsq.errors import BadInput
+from zsq.evaluation import agreement, score
+from zsq.probe import probe_pool
+from zsq.teachers import Teacher, load_teacher
+
+
+def open_run(path: Path, device: torch.device | str = "cpu") -> tuple[Teacher, nn.Module, dict[str, Any]]:
+    """Read a finished run: its teacher, its student and its summary.
+
+    Args:
+        path: the run directory.
+        device: where to put both networks.
+
+    Raises:
+        BadInput: if the run is not finished, or its teacher's weights are not the ones it was made from.
+    """
+    if not (path / "summary.json").exists():
+        raise BadInput(str(path), expected="a finished run directory (with summary.json)", got="none there",
+                       fix="Give a run directory, or finish this one with `zsq quantize ... --resume`.")  # fmt: skip
+    facts = dict(read_json(path / "config.json")["config"]["teacher"])
+    name, fingerprint = facts.pop("name"), facts.pop("fingerprint")
+    teacher = load_teacher(name, **facts, device=device)
+    if teacher.fingerprint != fingerprint:
+        raise BadInput(str(path), expected=f"the teacher it was made from ({fingerprint[:16]})",
+                       got=f"another one ({teacher.fingerprint[:16]})",
+                       fix="Give the same weights, or quantize again.")  # fmt: skip
+    return teacher, pipeline.read_student(path, teacher), read_json(path / "summary.json")
+
+
+def evaluate(path: Path | str, *, data: str | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Score a finished run and write the result into its summary.
+
+    Args:
+        path: the run directory.
+        data: a DATA string; without it only the label-free agreement is measured, on the images saved with the run.
+        device: where to compute.
+
+    Returns:
+        The keys that were measured.
+
+    Raises:
+        BadInput: for an unfinished run, or data that does not fit the teacher.
+    """
+    path = Path(path)
+    teacher, student, summary = open_run(path, device)
+    if data is None:
+        images = load_tree(path / "images.safetensors")["images"].to(device)
+        agreed = agreement(student, teacher.net, images)
+        probed = agreement(student, teacher.net, probe_pool(teacher))
+        result = pipeline.agreement_facts(agreed, probed, summary["agreement_inputs"])
+    else:
+        result = pipeline.scores(teacher, student, load_data(data, teacher))
+    write_json_atomic(path / "summary.json", summary | result)
+    return result
+
+
+def evaluate_teacher(
+    name: str, facts: dict[str, Any], *, data: str, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Score a float network on a labelled set.
+
+    Args:
+        name: TEACHER as on the command line.
+        facts: the other arguments of `load_teacher`.
+        data: a DATA string.
+        device: where to compute.
+
+    Returns:
+        Metric, score, interval, the set and its size.
+    """
+    teacher = load_teacher(name, **facts, device=device)
+    labelled = load_data(data, teacher)
+    result = score(teacher.net, labelled)
+    return {
+        "metric": "top1",
+        "teacher": teacher.name,
+        "teacher_score": result.top1,
+        "teacher_interval": list(result.interval),
+        "teacher_top5": result.top5,
+        "eval_data": {"name": labelled.name, "sha256": labelled.sha256},
+        "eval_count": result.count,
+    }

@@ -1,0 +1,38 @@
+"""What this machine is, for provenance: models, threads and versions; never a host name or a path."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy
+import torch
+
+from zsq import __version__
+
+
+def describe_device(device: torch.device | str) -> str:
+    """The device in words, e.g. ``"cpu (AMD EPYC, 2 threads)"``."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({_cpu_model()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a number."""
+    return {
+        "zsq": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()

@@ -1,0 +1,191 @@
+"""Options of the command line, as typed groups. Imports no torch, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from cyclopts import Parameter
+
+from zsq.errors import BadInput
+
+Several = Parameter(consume_multiple=True, negative=())
+COMMON = {"teacher", "run", "spec", "images", "base", "budget", "fidelity", "steps", "batch", "micro_batch"}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions:
+    """Facts of a network that the package does not know.
+
+    Attributes:
+        weights: weights of the network, a .safetensors file.
+        task: what the network does.
+        classes: number of classes.
+        image: input shape, e.g. 3x32x32.
+        mean: mean per channel that the input is normalised with, in 0..1 units.
+        std: standard deviation per channel, in 0..1 units.
+        channels: channel order of the input.
+        resize: shorter side that test images are resized to.
+        crop: side of the centre crop of test images.
+        leaf: modules kept whole where tracing fails.
+    """
+
+    weights: Path | None = None
+    task: Literal["classify"] | None = None
+    classes: int | None = None
+    image: str | None = None
+    mean: Annotated[list[float] | None, Several] = None
+    std: Annotated[list[float] | None, Several] = None
+    channels: Literal["rgb", "bgr"] | None = None
+    resize: int | None = None
+    crop: int | None = None
+    leaf: Annotated[list[str], Several] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """The keyword arguments of `zsq.teachers.load_teacher`, JSON-able."""
+        return {
+            "weights": None if self.weights is None else str(self.weights),
+            "task": self.task,
+            "classes": self.classes,
+            "image": None if self.image is None else image_shape(self.image),
+            "mean": self.mean,
+            "std": self.std,
+            "channels": self.channels,
+            "resize": self.resize,
+            "crop": self.crop,
+        }
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class QuantOptions:
+    """What is quantized, and how finely.
+
+    Attributes:
+        bits: bits of weights and activations, 2 to 8.
+        weight_bits: bits of the weights, where they differ from --bits.
+        act_bits: bits of the activations, where they differ from --bits.
+        layer_bits: bits of single layers or sites, PATTERN=N.
+        include: only layers and sites that match one of these patterns.
+        exclude: no layer or site that matches one of these patterns.
+        placement: paper (as published) or deploy (the whole graph can run on integers).
+    """
+
+    bits: int = 4
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    layer_bits: Annotated[list[str], Several] = field(default_factory=list)
+    include: Annotated[list[str], Several] = field(default_factory=list)
+    exclude: Annotated[list[str], Several] = field(default_factory=list)
+    placement: Literal["paper", "deploy"] = "paper"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How long, where, and on what.
+
+    Attributes:
+        base: whose images a recipe such as ait works on.
+        budget: quick (minutes), standard (under an hour) or paper (the published schedule).
+        fidelity: best (our corrected values), paper (as stated) or official (as the released code executes).
+        steps: student updates; the budget's if not given.
+        batch: images per step; the budget's if not given.
+        micro_batch: split the student's batch into parts of at most this size to save memory.
+        images: a saved pool instead of the recipe's own source: FILE.safetensors, or npz:FILE[a:b] (pixels only).
+        run: run directory; runs/TEACHER-RECIPE-WxAy-sSEED if not given.
+        eval: labelled set to score teacher and student on afterwards.
+        device: where to compute.
+        seed: seed of every random number.
+        resume: go on with an interrupted run.
+        json: print one JSON object instead of a table.
+    """
+
+    base: str | None = None
+    budget: Literal["quick", "standard", "paper"] = "quick"
+    fidelity: Literal["best", "paper", "official"] = "best"
+    steps: int | None = None
+    batch: int | None = None
+    micro_batch: int | None = None
+    images: str | None = None
+    run: Path | None = None
+    eval: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    resume: Annotated[bool, Parameter(negative=())] = False
+    json: Annotated[bool, Parameter(negative=())] = False
+
+
+def recipe_options(recipe: Callable[..., Any]) -> type:
+    """A group with the options that only this recipe has, read from its signature and docstring.
+
+    Args:
+        recipe: a recipe function; its keyword-only parameters are its options.
+
+    Returns:
+        A frozen dataclass, one field per option, for the command line to parse into.
+    """
+    hints, texts = get_type_hints(recipe), argument_texts(recipe)
+    own = [p for p in inspect.signature(recipe).parameters.values() if p.name not in COMMON]
+    fields = [
+        (p.name, Annotated[hints[p.name], Parameter(help=texts.get(p.name), negative=())], field(default=p.default))
+        for p in own
+    ]
+    group = make_dataclass(f"{recipe.__name__.capitalize()}Options", fields, frozen=True, kw_only=True)
+    group.__module__ = __name__  # make_dataclass names "types", which the parser takes for a builtin type
+    return Parameter(name="*")(group)
+
+
+def argument_texts(function: Callable[..., Any]) -> dict[str, str]:
+    """The `Args:` section of a docstring as name -> text.
+
+    Example:
+        >>> argument_texts(recipe_options)["recipe"]
+        'a recipe function; its keyword-only parameters are its options.'
+    """
+    section = re.search(r"Args:\n(.*?)(?:\n\s*\n|\Z)", inspect.getdoc(function) or "", re.DOTALL)
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section.group(1) if section else "", re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def image_shape(text: str) -> tuple[int, int, int]:
+    """Read 3x32x32.
+
+    Raises:
+        BadInput: for anything but three positive whole numbers.
+
+    Example:
+        >>> image_shape("3x32x32")
+        (3, 32, 32)
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise BadInput("--image", expected="CxHxW such as 3x32x32", got=repr(text), fix="Give channels, height, width.")
+    c, h, w = (int(number) for number in match.groups())
+    return c, h, w
+
+
+def layer_bits(items: list[str]) -> dict[str, int]:
+    """Read PATTERN=N items.
+
+    Raises:
+        BadInput: for an item without a number after its last equals sign.
+
+    Example:
+        >>> layer_bits(["*.conv1=8", "output=6"])
+        {'*.conv1': 8, 'output': 6}
+    """
+    table: dict[str, int] = {}
+    for item in items:
+        pattern, _, number = item.rpartition("=")
+        if not pattern or not number.isdigit():
+            raise BadInput(
+                "--layer-bits", expected="PATTERN=N", got=repr(item), fix="For example --layer-bits 'output=8'."
+            )
+        table[pattern] = int(number)
+    return table

@@ -1,0 +1,135 @@
+"""GDFQ: a generator trained to please the teacher feeds the student (Xu et al., ECCV 2020, arXiv 2003.03603).
+
+The generator draws images that the teacher classifies as the label asked for and whose statistics match its BatchNorm layers;
+the student learns from teacher (KL) and label (cross-entropy) on the same images, one step each in turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR
+
+from zsq import losses
+from zsq.fit import calibrate, fit
+from zsq.generators import ConditionalGenerator
+from zsq.insert import QuantSpec, codes_and_latents, quantize
+from zsq.presets import Outcome, choose, generator_budget, settle, student_milestones
+from zsq.quantizer import LiveMinMax, RunningMinMax
+from zsq.run import Run
+from zsq.sources.base import Batch, Source
+from zsq.sources.generator import GeneratorSource
+from zsq.teachers import Teacher
+from zsq.view import View
+
+PAPER = "Xu et al., ECCV 2020, arXiv 2003.03603"
+PARTS = "conditional generator | live min/max + EMA ranges | KL + cross-entropy"
+
+FIDELITY: dict[str, dict[str, Any]] = {
+    "best": {"range_rule": "once", "observe_last": 50},
+    "paper": {"range_rule": "once", "observe_last": None},
+    "official": {"range_rule": "official", "observe_last": None},
+}
+
+
+def source(
+    teacher: Teacher, *, batch: int, milestones: tuple[int, ...], bn_weight: float = 0.1, lr: float = 1e-3
+) -> GeneratorSource:
+    """The GDFQ generator: cross-entropy plus 0.1 times the BatchNorm-statistics gap (gdfq.md, section 3, steps 1 to 5).
+
+    Args:
+        teacher: needs BatchNorm layers.
+        batch: images per step.
+        milestones: steps at which the learning rate decays by 0.1.
+        bn_weight: weight of the statistics term.
+        lr: of Adam, betas (0.5, 0.999).
+    """
+
+    def generator_loss(t: View, batch: Batch) -> dict[str, Tensor]:
+        return {"g_ce": losses.cross_entropy(t.logits, batch.labels), "g_bns": bn_weight * losses.bn_gap(t.norms)}
+
+    net = ConditionalGenerator(teacher.classes, teacher.image)
+    return GeneratorSource(teacher, net, generator_loss, name="gdfq", batch=batch, lr=lr, milestones=milestones)
+
+
+def gdfq(
+    teacher: Teacher,
+    run: Run,
+    *,
+    spec: QuantSpec | None = None,
+    images: Source | None = None,
+    budget: str = "quick",
+    fidelity: str = "best",
+    steps: int | None = None,
+    warmup: int | None = None,
+    batch: int | None = None,
+    micro_batch: int | None = None,
+    lr: float = 1e-4,
+    weight_decay: float = 1e-4,
+    ce_weight: float = 1.0,
+    kl_weight: float = 1.0,
+    temperature: float = 20.0,
+    kl_reduction: Literal["mean", "batchmean"] = "mean",
+) -> Outcome:
+    """Quantize `teacher` with GDFQ.
+
+    Args:
+        teacher: the float network.
+        run: where progress, checkpoints and results go.
+        spec: bits, placement, patterns; the ranges are this recipe's.
+        images: another source in place of the generator.
+        budget: quick, standard or paper.
+        fidelity: best, paper or official.
+        steps: student updates; the budget's if not given.
+        warmup: generator-only steps before them; the budget's if not given.
+        batch: images per step; the budget's if not given.
+        micro_batch: split the student's batch into parts of at most this size, same gradient, less memory.
+        lr: learning rate of the student's SGD.
+        weight_decay: of the student's SGD.
+        ce_weight: weight of the cross-entropy with the label asked for.
+        kl_weight: weight of the distillation term.
+        temperature: of the distillation term, which carries its square.
+        kl_reduction: mean (over batch and classes, as published) or batchmean.
+
+    Returns:
+        Student, report, source and the numbers the presets settled on.
+
+    Raises:
+        BadInput: for a teacher without BatchNorm, or presets that do not exist.
+
+    | what | paper | official code | here | why | test |
+    |---|---|---|---|---|---|
+    | BN-statistics term | sum over layers | mean over layers and channels | mean | what the published numbers were made with | tests/unit/test_losses.py |
+    | KL reduction | per sample | mean over batch and classes | mean; option batchmean | as executed, named | tests/unit/test_losses.py |
+    | activation range | EMA | bias correction applied again at every step | corrected once; official on request | short warm-ups survive | tests/unit/test_quantizer.py |
+    | student forward in warm-up | not stated | every step | last 50 steps (best), every step (paper, official) | the EMA forgets earlier batches | tests/unit/test_fit.py |
+    | checkpoint reported | best on the test set | best on the test set | last | nothing is chosen on test data | tests/test_architecture.py |
+    """
+    plan = settle(
+        generator_budget(budget, teacher.image),
+        choose("--fidelity", fidelity, FIDELITY),
+        steps=steps, warmup=warmup, batch=batch, lr=lr, weight_decay=weight_decay, ce_weight=ce_weight,
+        kl_weight=kl_weight, temperature=temperature, kl_reduction=kl_reduction,
+    )  # fmt: skip
+    later = student_milestones(plan.steps, teacher.image)
+    ranges = partial(RunningMinMax, correction=plan.range_rule)
+    student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LiveMinMax, act=ranges))
+    batches = images or source(teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later))
+
+    calibrate(student, batches, steps=plan.warmup, run=run, observe_last=plan.observe_last)
+
+    def student_loss(s: View, t: View, batch: Batch) -> dict[str, Tensor]:
+        return {
+            "kl": kl_weight * losses.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction),
+            "ce": ce_weight * losses.cross_entropy(s.logits, batch.labels),
+        }
+
+    sgd = SGD(student.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    decay = MultiStepLR(sgd, later, gamma=0.1)
+    fit(student, teacher, batches, student_loss, sgd, steps=plan.steps, run=run, schedulers=[decay],
+        micro_batch=micro_batch, history_of=partial(codes_and_latents, student))  # fmt: skip
+    return Outcome(student, report, batches, vars(plan))

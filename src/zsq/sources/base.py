@@ -1,0 +1,54 @@
+"""What a source is: something that gives batches of images made from the teacher alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from zsq.view import View
+
+
+class Batch(NamedTuple):
+    """One batch of synthetic images.
+
+    Attributes:
+        images: shape [b, c, h, w], float32, in the teacher's normalised space; detached.
+        labels: the class each image was made for, int64 [b], or soft targets [b, k]; None where the source has none.
+        view: what the teacher saw on exactly these images (detached), if the source had to compute it anyway;
+            `fit` then saves a teacher forward. None otherwise.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    view: View | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Gives batches. It may learn while it is read.
+
+    Contract (tests/contracts/test_sources.py): works under any ambient grad mode; leaves parameters, gradients, buffers
+    and train/eval mode of teacher and student unchanged; all randomness comes from the `rng` it is handed; `sample`
+    changes nothing at all.
+
+    Attributes:
+        name: short name for logs and summaries, e.g. ``"gdfq"``.
+        metrics: loss terms of the last `draw`, 0-dim tensors on the source's device (never read back in the step).
+    """
+
+    name: str
+    metrics: dict[str, Tensor]
+
+    def draw(self, rng: torch.Generator) -> Batch:
+        """Give the next training batch; a learning source takes one step of its own first."""
+        ...
+
+    def sample(self, count: int, rng: torch.Generator) -> Batch:
+        """Give `count` images without learning and without touching any state."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
