@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import hypothesis
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from zsq import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,3 +112,30 @@ def functional_net() -> nn.Module:
     """Call sites that no module list shows: a ReLU module called twice and a functional relu after an add."""
     torch.manual_seed(0)
     return _settle(_Functional())
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> tiny.Folder:
+    """A user's file with networks, and their weights."""
+    return tiny.write_folder(tmp_path_factory.mktemp("mine"))
+
+
+@pytest.fixture
+def zsq(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tiny.Command:
+    """The command `zsq` in this process and an empty working directory: gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    return partial(tiny.call, capsys)
+
+
+@pytest.fixture(scope="session")
+def finished_run(folder: tiny.Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run directory; copy it before changing it."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    cli.main(["quantize", *folder.teacher(), "--run", str(path), "--json", *tiny.SHORT])
+    return path
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A finished run directory of one's own."""
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))

@@ -73,10 +73,12 @@ def read_matrix(path: Path) -> tuple[list[Cell], dict[str, Any]]:
         The cells in order, and the options they share.
 
     Raises:
-        BadInput: if the file is missing, is not TOML, or lacks a key.
+        BadInput: if the file is missing, is not TOML, lacks a key, or two cells would share a directory.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(table["teachers"], list):
+            raise ValueError(f"teachers = {table['teachers']!r} is not a list")
         cells = [
             Cell(teacher, method["name"], method["recipe"], w, a, seed, method.get("options", {}))
             for teacher in table["teachers"]
@@ -89,19 +91,35 @@ def read_matrix(path: Path) -> tuple[list[Cell], dict[str, Any]]:
         raise BadInput(
             str(path), expected="a matrix file", got=error.strerror, fix="Give the path of a .toml."
         ) from error
-    except (tomllib.TOMLDecodeError, KeyError, ValueError) as error:
-        raise BadInput(str(path), expected="teachers, bits, seeds and [[method]] tables in TOML", got=str(error),
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        got = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise BadInput(str(path), expected="teachers, bits, seeds and [[method]] tables in TOML", got=got,
                        fix="See bench/cifar10_main.toml for an example.") from error  # fmt: skip
-    return cells, table.get("options", {})
+    shared = table.get("options", {})
+    names = [cell.name for cell in cells]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadInput(str(path), expected="cells with different names", got=f"{twice[0]} more than once",
+                       fix="Names of methods must differ in letters or digits.")  # fmt: skip
+    if blind := [cell.name for cell in cells if "eval" not in {**shared, **cell.options}]:
+        raise BadInput(str(path), expected="a labelled set for every cell", got=f"none for {blind[0]}",
+                       fix='Write eval = "DATA" under [options].')  # fmt: skip
+    return cells, shared
 
 
 def run_cell(cell: Cell, folder: Path, shared: dict[str, Any], threads: int | None) -> dict[str, Any]:
     """Make one cell, or read it if it is finished.
 
     Raises:
-        RunFailed: with the last line of what the run said.
+        RunFailed: with the last line of what the run said, or if the directory holds a cell of another matrix.
     """
     summary = folder / "summary.json"
+    if (folder / "config.json").exists():
+        before = _asked(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("command", []))
+        now = _asked(cell.command(folder, shared))
+        if before != now:
+            keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+            raise RunFailed(f"cell {cell.name}: expected the options of the matrix, got others of {', '.join(keys)} in"
+                            f" {folder}. Remove that directory, or choose another --runs.")  # fmt: skip
     if not summary.exists() or "student_score" not in json.loads(summary.read_text(encoding="utf-8")):
         environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         done = subprocess.run(
@@ -116,6 +134,21 @@ def run_cell(cell: Cell, folder: Path, shared: dict[str, Any], threads: int | No
         "seed": cell.seed, "eval_count": facts.get("eval_count"), "eval_data": facts.get("eval_data"),
         "placement": facts["placement"], "device": facts["device"], **{key: facts.get(key) for key in KEEP},
     }  # fmt: skip
+
+
+def _asked(command: list[str]) -> dict[str, list[str]]:
+    """A command line as option -> values, but for where the run is, how it is shown, and on what it computes."""
+    asked: dict[str, list[str]] = {}
+    key = "teacher"
+    if "quantize" not in command:
+        return asked
+    for text in command[command.index("quantize") + 1 :]:
+        if text.startswith("--"):
+            key, equals, value = text.partition("=")
+            asked[key] = [value] if equals else []
+        else:
+            asked.setdefault(key, []).append(text)
+    return {key: values for key, values in asked.items() if key not in ("--run", "--json", "--resume", "--device")}
 
 
 def run_matrix(path: Path, *, runs: Path, jobs: int = 1, report: Any = None) -> dict[str, Any]:
@@ -137,18 +170,22 @@ def run_matrix(path: Path, *, runs: Path, jobs: int = 1, report: Any = None) -> 
     if jobs < 1:
         raise BadInput("--jobs", expected="1 or more", got=jobs, fix="Give how many cells run side by side.")
     cells, shared = read_matrix(path)
-    with ThreadPoolExecutor(jobs) as pool:
+    results: list[dict[str, Any]] = []
+    failures: list[str] = []
+    pool = ThreadPoolExecutor(jobs)
+    try:
         pending = [pool.submit(run_cell, cell, runs / cell.name, shared, 1 if jobs > 1 else None) for cell in cells]
-        results, failures = [], []
         for cell, future in zip(cells, pending, strict=True):
             try:
                 results.append(future.result())
-                message = f"{cell.name}: {100 * (results[-1]['student_score'] or 0):.2f} %"
+                message = f"{cell.name}: {100 * results[-1]['student_score']:.2f} %"
             except RunFailed as error:
                 failures.append(str(error))
                 message = str(error)
             if report is not None:
                 report(message)
+    finally:  # after Ctrl-C too: cells that have not begun must not begin now
+        pool.shutdown(cancel_futures=True)
     if failures:
         raise RunFailed(
             f"{len(failures)} of {len(cells)} cells failed; the others are kept in {runs}. First: {failures[0]}"

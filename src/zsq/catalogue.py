@@ -19,7 +19,7 @@ def recipes() -> list[dict[str, str]]:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
             and node.targets[0].id in {"PAPER", "PARTS"}
         }  # fmt: skip
-        what = (ast.get_docstring(tree) or "").splitlines()[0]
+        what = (ast.get_docstring(tree) or "").partition("\n")[0]
         rows.append({"recipe": name, "what it does": what.partition(": ")[2].partition(" (")[0],
                      "parts": facts.get("PARTS", ""), "paper": facts.get("PAPER", "")})  # fmt: skip
     return rows

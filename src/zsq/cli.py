@@ -11,15 +11,22 @@ from typing import Any, Literal
 
 from cyclopts import App, CycloptsError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zsq import __version__
 from zsq.errors import BadInput, ZsqError
 from zsq.options import QuantOptions, RunOptions, TeacherOptions, layer_bits, recipe_options
+from zsq.usage import explain
 
 DEFAULT_RECIPE = "ait"
 
-app = App(name="zsq", version=__version__, help="Quantize a trained vision network to 2 to 8 bits without any data.")
+app = App(
+    name="zsq",
+    version=__version__,
+    help="Quantize a trained vision network to 2 to 8 bits without any data.",
+    suppress_keyboard_interrupt=False,  # else the parser would end the process without a word
+)
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
@@ -27,11 +34,12 @@ def main(tokens: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if tokens is None else tokens)
     try:
         if arguments[:1] == ["quantize"]:
+            command = quantize_command(named_recipe(arguments))
             del app["quantize"]  # the placeholder for `zsq --help`, or the options of the recipe before
-            app.command(quantize_command(named_recipe(arguments)), name="quantize")
+            app.command(command, name="quantize")
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        stop(f"{' '.join(str(error).split())}. See `zsq {' '.join(arguments[:1])} --help`.", 2)
+        stop(str(explain(error, [name for name in app if not name.startswith("-")])), 2)
     except ZsqError as error:
         stop(str(error), error.exit_code)
     except KeyboardInterrupt:  # outside a run there is nothing to save
@@ -49,9 +57,9 @@ def show(result: dict[str, Any], *, as_json: bool, title: str) -> None:
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     for key, value in result.items():
-        table.add_row(key.replace("_", " "), in_words(key, value))
+        table.add_row(key.replace("_", " "), escape(in_words(key, value)))
     Console(highlight=False).print(table)
 
 
@@ -92,7 +100,7 @@ def quantize_command(recipe_name: str) -> Callable[..., None]:
         special: Any = None,
     ) -> None:
         quantize_network(teacher, recipe, quant or QuantOptions(), running or RunOptions(), facts or TeacherOptions(),
-                         {} if special is None else asdict(special))  # fmt: skip
+                         asdict(own() if special is None else special))  # fmt: skip
 
     quantize.__doc__ = (
         "Quantize a network without data.\n\nArgs:\n    teacher: a name from `zsq list teachers`, or FILE.py:CALLABLE."
@@ -112,23 +120,26 @@ def quantize_network(
 ) -> None:
     """Load the teacher, run the recipe, print the summary."""
     from zsq import pipeline
-    from zsq.data import load_data
     from zsq.insert import QuantSpec
     from zsq.run import Run
     from zsq.teachers import load_teacher
 
+    if not 0 <= running.seed < 2**63:
+        raise BadInput("--seed", expected="a number from 0 to 2^63 - 1", got=running.seed, fix="Choose a smaller one.")
     spec = QuantSpec(
-        weight_bits=quant.weight_bits or quant.bits, act_bits=quant.act_bits or quant.bits, placement=quant.placement,
+        *quant.widths(), placement=quant.placement,
         include=tuple(quant.include), exclude=tuple(quant.exclude), layer_bits=layer_bits(quant.layer_bits),
         leaf=tuple(facts.leaf),
     )  # fmt: skip
     device = pipeline.resolve_device(running.device)
     teacher = load_teacher(teacher_name, **facts.facts(), device=device)
-    data = load_data(running.eval, teacher) if running.eval else None
-    images = pipeline.load_pool(running.images, teacher, batch=running.batch, apart_from=running.eval)
+    data = None if running.eval is None else pipeline.open_data(running.eval, teacher)
+    images = pipeline.load_pool(running.images, teacher, apart_from=running.eval)
     options = {key: value for key, value in special.items() if value is not None}
     options |= {"budget": running.budget, "fidelity": running.fidelity}
     options |= {k: v for k in ("base", "steps", "batch", "micro_batch") if (v := getattr(running, k)) is not None}
+    if not running.resume:  # a resumed run passed this before
+        pipeline.rehearse(teacher, recipe=recipe, spec=spec, images=images, options=options, seed=running.seed)
     path = running.run or pipeline.default_path(teacher, recipe, spec, running.seed)
     config = {
         "teacher": {"name": teacher_name, **facts.facts(), "fingerprint": teacher.fingerprint},
@@ -146,13 +157,15 @@ def quantize() -> None:
 
 @app.command
 def evaluate(subject: str, *, data: str | None = None, device: Literal["auto", "cpu", "cuda"] = "auto",
-             json: bool = False, facts: TeacherOptions | None = None) -> None:  # fmt: skip
-    """Score a run or a teacher; without --data, how far a run's student agrees with its teacher.
+             runtime: Literal["ort", "openvino"] = "ort", json: bool = False,
+             facts: TeacherOptions | None = None) -> None:  # fmt: skip
+    """Score a run, a teacher or an ONNX file; without --data, how far a run's student agrees with its teacher.
 
     Args:
-        subject: a run directory, or a teacher as for `zsq quantize`.
+        subject: a run directory, a teacher as for `zsq quantize`, or FILE.onnx, which is run as it is.
         data: labelled set (see `zsq list data`).
-        device: where to compute.
+        device: where to compute; an ONNX file always runs on the CPU.
+        runtime: what runs an ONNX file: ONNX Runtime or OpenVINO.
         json: print one JSON object instead of a table.
         facts: facts of a network that the package does not know.
     """
@@ -164,6 +177,8 @@ def evaluate(subject: str, *, data: str | None = None, device: Literal["auto", "
     elif data is None:
         raise BadInput("zsq evaluate", expected=f"--data to score {subject!r} on, or a run directory", got="neither",
                        fix="See `zsq list data` and `zsq list teachers`.")  # fmt: skip
+    elif Path(subject).suffix == ".onnx":
+        result = finished.evaluate_onnx(subject, (facts or TeacherOptions()).facts(), data=data, runtime=runtime)
     else:
         result = finished.evaluate_teacher(subject, (facts or TeacherOptions()).facts(), data=data, device=where)
     show(result, as_json=json, title=subject)
@@ -185,7 +200,7 @@ def listing(what: Literal["recipes", "teachers", "data"], *, json: bool = False)
         return
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(escape, row.values()))
     Console(highlight=False).print(table)
 
 
@@ -212,11 +227,12 @@ def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, outpu
         sys.stdout.write(_json_rows("bench", [result]))
         return
     table = Table(
-        "teacher", "bits", "method", "seeds", "float", "student", "drop", "agreement", "minutes", title=matrix.name
-    )
+        "teacher", "bits", "method", "seeds", "float", "student", "drop", "agreement", "minutes",
+        title=escape(matrix.name),
+    )  # fmt: skip
     for row in result["table"]:
         spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.2f}"
-        table.add_row(row["teacher"], row["bits"], row["method"], str(row["seeds"]),
+        table.add_row(escape(row["teacher"]), row["bits"], escape(row["method"]), str(row["seeds"]),
                       f"{100 * row['teacher_score']:.2f}",
                       f"{100 * row['student_score']:.2f}{spread}", f"{row['drop_points']:.2f}",
                       f"{100 * row['agreement']:.2f}", f"{row['seconds'] / 60:.1f}")  # fmt: skip

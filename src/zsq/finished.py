@@ -10,9 +10,11 @@ from torch import nn
 
 from zsq import pipeline
 from zsq.checkpoint import load_tree, read_json, write_json_atomic
-from zsq.data import load_data
+from zsq.data import check_disjoint, load_data
 from zsq.errors import BadInput
 from zsq.evaluation import agreement, score
+from zsq.onnx_model import load_onnx
+from zsq.onnx_session import runtime_version
 from zsq.probe import probe_pool
 from zsq.teachers import Teacher, load_teacher
 
@@ -30,7 +32,8 @@ def open_run(path: Path, device: torch.device | str = "cpu") -> tuple[Teacher, n
     if not (path / "summary.json").exists():
         raise BadInput(str(path), expected="a finished run directory (with summary.json)", got="none there",
                        fix="Give a run directory, or finish this one with `zsq quantize ... --resume`.")  # fmt: skip
-    facts = dict(read_json(path / "config.json")["config"]["teacher"])
+    config = read_config(path)
+    facts = dict(config["teacher"])
     name, fingerprint = facts.pop("name"), facts.pop("fingerprint")
     teacher = load_teacher(name, **facts, device=device)
     if teacher.fingerprint != fingerprint:
@@ -38,6 +41,20 @@ def open_run(path: Path, device: torch.device | str = "cpu") -> tuple[Teacher, n
                        got=f"another one ({teacher.fingerprint[:16]})",
                        fix="Give the same weights, or quantize again.")  # fmt: skip
     return teacher, pipeline.read_student(path, teacher), read_json(path / "summary.json")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the configuration of a run directory.
+
+    Raises:
+        BadInput: if it is not one that `zsq quantize` made.
+    """
+    record = read_json(path / "config.json")
+    config = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(config, dict) or not {"name", "fingerprint"} <= set(config.get("teacher") or ()):
+        raise BadInput(str(path / "config.json"), expected="the configuration of a run of `zsq quantize`",
+                       got="other data", fix="Give a run directory that `zsq quantize` made.")  # fmt: skip
+    return config
 
 
 def evaluate(path: Path | str, *, data: str | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -52,9 +69,12 @@ def evaluate(path: Path | str, *, data: str | None = None, device: torch.device 
         The keys that were measured.
 
     Raises:
-        BadInput: for an unfinished run, or data that does not fit the teacher.
+        BadInput: for an unfinished run, or data that does not fit the teacher or contains images it was made from.
     """
     path = Path(path)
+    pool = read_config(path).get("images") if (path / "config.json").exists() else None
+    if data is not None and pool is not None and pipeline.is_real(pool):
+        check_disjoint(pool, data)
     teacher, student, summary = open_run(path, device)
     if data is None:
         images = load_tree(path / "images.safetensors")["images"].to(device)
@@ -90,6 +110,43 @@ def evaluate_teacher(
         "teacher_score": result.top1,
         "teacher_interval": list(result.interval),
         "teacher_top5": result.top5,
+        "eval_data": {"name": labelled.name, "sha256": labelled.sha256},
+        "eval_count": result.count,
+    }
+
+
+def evaluate_onnx(
+    path: Path | str,
+    facts: dict[str, Any],
+    *,
+    data: str,
+    runtime: str = "ort",
+) -> dict[str, Any]:
+    """Score an ONNX file itself, in its runtime on the CPU.
+
+    Args:
+        path: the file.
+        facts: the other arguments of `load_teacher`; they win over the file's metadata.
+        data: a DATA string.
+        runtime: what runs it.
+
+    Returns:
+        Metric, score, interval, the set and its size, the file and the runtime.
+
+    Raises:
+        BadInput: if the runtime is not installed, the file cannot be used, or the data does not fit it.
+    """
+    model = load_onnx(path, facts, runtime=runtime, threads=torch.get_num_threads())
+    labelled = load_data(data, model)
+    result = score(model.net, labelled)
+    return {
+        "metric": "top1",
+        "file": Path(path).name,
+        "file_sha256": model.fingerprint,
+        "runtime": runtime_version(runtime),
+        "student_score": result.top1,
+        "student_interval": list(result.interval),
+        "student_top5": result.top5,
         "eval_data": {"name": labelled.name, "sha256": labelled.sha256},
         "eval_count": result.count,
     }

@@ -16,7 +16,7 @@ def describe_device(device: torch.device | str) -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({_cpu_model()}, {torch.get_num_threads()} threads)"
+    return f"cpu ({cpu_model()}, {torch.get_num_threads()} threads)"
 
 
 def versions() -> dict[str, str]:
@@ -29,10 +29,21 @@ def versions() -> dict[str, str]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the processor."""
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def has_vnni() -> bool | None:
+    """Whether the processor multiplies 8-bit integers at full speed; None where the system does not say."""
+    flags = _cpu_field("flags")
+    return None if flags is None else bool({"avx512_vnni", "avx_vnni"} & set(flags.split()))
+
+
+def _cpu_field(name: str) -> str | None:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(name):
                 return " ".join(line.partition(":")[2].split())
-    return platform.processor() or platform.machine()
+    return None

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from zsq.errors import BadInput
 
+
+def whole_number(kind: object, tokens: Sequence[Token]) -> int:
+    """Read a whole number; the parser alone would round 2.5 to 2."""
+    return int(tokens[0].value)
+
+
+Whole = Parameter(converter=whole_number)
 Several = Parameter(consume_multiple=True, negative=())
 COMMON = {"teacher", "run", "spec", "images", "base", "budget", "fidelity", "steps", "batch", "micro_batch"}
 
@@ -37,13 +44,13 @@ class TeacherOptions:
 
     weights: Path | None = None
     task: Literal["classify"] | None = None
-    classes: int | None = None
+    classes: Annotated[int | None, Whole] = None
     image: str | None = None
     mean: Annotated[list[float] | None, Several] = None
     std: Annotated[list[float] | None, Several] = None
     channels: Literal["rgb", "bgr"] | None = None
-    resize: int | None = None
-    crop: int | None = None
+    resize: Annotated[int | None, Whole] = None
+    crop: Annotated[int | None, Whole] = None
     leaf: Annotated[list[str], Several] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
@@ -76,13 +83,28 @@ class QuantOptions:
         placement: paper (as published) or deploy (the whole graph can run on integers).
     """
 
-    bits: int = 4
-    weight_bits: int | None = None
-    act_bits: int | None = None
+    bits: Annotated[int, Whole] = 4
+    weight_bits: Annotated[int | None, Whole] = None
+    act_bits: Annotated[int | None, Whole] = None
     layer_bits: Annotated[list[str], Several] = field(default_factory=list)
     include: Annotated[list[str], Several] = field(default_factory=list)
     exclude: Annotated[list[str], Several] = field(default_factory=list)
     placement: Literal["paper", "deploy"] = "paper"
+
+    def widths(self) -> tuple[int, int]:
+        """Bits of weights and of activations.
+
+        Raises:
+            BadInput: for anything outside 2 to 8, naming the option.
+        """
+        found = []
+        for name in ("weight_bits", "act_bits"):
+            own = getattr(self, name)
+            option, bits = ("--bits", self.bits) if own is None else (f"--{name.replace('_', '-')}", own)
+            if not 2 <= bits <= 8:
+                raise BadInput(option, expected="a whole number from 2 to 8", got=bits, fix="Choose 2 to 8.")
+            found.append(bits)
+        return found[0], found[1]
 
 
 @Parameter(name="*")
@@ -109,14 +131,14 @@ class RunOptions:
     base: str | None = None
     budget: Literal["quick", "standard", "paper"] = "quick"
     fidelity: Literal["best", "paper", "official"] = "best"
-    steps: int | None = None
-    batch: int | None = None
-    micro_batch: int | None = None
+    steps: Annotated[int | None, Whole] = None
+    batch: Annotated[int | None, Whole] = None
+    micro_batch: Annotated[int | None, Whole] = None
     images: str | None = None
     run: Path | None = None
     eval: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
+    seed: Annotated[int, Whole] = 0
     resume: Annotated[bool, Parameter(negative=())] = False
     json: Annotated[bool, Parameter(negative=())] = False
 
@@ -132,10 +154,11 @@ def recipe_options(recipe: Callable[..., Any]) -> type:
     """
     hints, texts = get_type_hints(recipe), argument_texts(recipe)
     own = [p for p in inspect.signature(recipe).parameters.values() if p.name not in COMMON]
-    fields = [
-        (p.name, Annotated[hints[p.name], Parameter(help=texts.get(p.name), negative=())], field(default=p.default))
-        for p in own
-    ]
+    fields = []
+    for p in own:
+        whole = int in (hints[p.name], *get_args(hints[p.name]))
+        about = Parameter(help=texts.get(p.name), negative=(), converter=whole_number if whole else None)
+        fields.append((p.name, Annotated[hints[p.name], about], field(default=p.default)))
     group = make_dataclass(f"{recipe.__name__.capitalize()}Options", fields, frozen=True, kw_only=True)
     group.__module__ = __name__  # make_dataclass names "types", which the parser takes for a builtin type
     return Parameter(name="*")(group)
@@ -183,7 +206,7 @@ def layer_bits(items: list[str]) -> dict[str, int]:
     table: dict[str, int] = {}
     for item in items:
         pattern, _, number = item.rpartition("=")
-        if not pattern or not number.isdigit():
+        if not pattern or not re.fullmatch("[0-9]+", number):
             raise BadInput(
                 "--layer-bits", expected="PATTERN=N", got=repr(item), fix="For example --layer-bits 'output=8'."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from zsq import recipes
 from zsq.checkpoint import load_tree, read_json, save_tree, write_json_atomic
-from zsq.data import check_disjoint, load_images
+from zsq.data import check_disjoint, load_data, load_images
 from zsq.errors import BadInput
 from zsq.evaluation import Agreement, agreement, score
 from zsq.insert import QuantSpec, quantize
@@ -20,7 +21,7 @@ from zsq.machine import describe_device
 from zsq.presets import Outcome
 from zsq.probe import probe_pool
 from zsq.run import Run
-from zsq.sources.pool import PoolSource
+from zsq.sources.pool import PoolSource, read_pool
 from zsq.teachers import Teacher
 
 if TYPE_CHECKING:
@@ -66,15 +67,8 @@ def produce(
         Interrupted: if a signal stopped the run; it can be resumed.
     """
     spec, options = spec or QuantSpec(), dict(options or {})
-    function = recipes.load(recipe)
-    known = inspect.signature(function).parameters
-    if unknown := sorted(set(options) - set(known)):
-        raise BadInput(f"recipe {recipe}", expected=f"options {', '.join(known)}", got=", ".join(unknown),
-                       fix="Leave these out, or see `zsq quantize --recipe NAME --help`.")  # fmt: skip
-    if images is not None:
-        options["images"] = images
     started = time.monotonic()
-    outcome: Outcome = function(teacher, run, spec=spec, **options)
+    outcome = run_recipe(teacher, run, recipe=recipe, spec=spec, images=images, options=options)
     held_out = outcome.source.sample(HELD_OUT, run.rng("held-out", 0)).images
     agreed = agreement(outcome.student, teacher.net, held_out)
     probed = agreement(outcome.student, teacher.net, probe_pool(teacher))
@@ -97,13 +91,78 @@ def produce(
         "checkpoint": "last",
         "plan": outcome.plan,
     }
-    if data is not None:
-        summary |= scores(teacher, outcome.student, data)
     if run.path is not None:
         write_student(run.path, outcome.student, spec, outcome.report.to_json())
         save_tree(run.path / "images.safetensors", {"images": held_out})
+    if data is not None:
+        summary |= scores(teacher, outcome.student, data)
+    if run.path is not None:  # last: a directory with a summary is a finished one
         write_json_atomic(run.path / "summary.json", summary)
     return summary
+
+
+def run_recipe(
+    teacher: Teacher,
+    run: Run,
+    *,
+    recipe: str,
+    spec: QuantSpec,
+    images: Source | None = None,
+    options: dict[str, Any] | None = None,
+) -> Outcome:
+    """Call a recipe by name, with the options it has.
+
+    Raises:
+        BadInput: if there is no such recipe or option, or one does not fit the teacher.
+    """
+    function, given = recipes.load(recipe), dict(options or {})
+    known = inspect.signature(function).parameters
+    if unknown := sorted(set(given) - set(known)):
+        names = [name for name in known if name not in ("teacher", "run", "spec", "images")]
+        raise BadInput(f"recipe {recipe}", expected=f"the options {', '.join(names)}", got=", ".join(unknown),
+                       fix=f"Leave it out, or see `zsq quantize --recipe {recipe} --help`.")  # fmt: skip
+    if images is not None:
+        given["images"] = images
+    outcome: Outcome = function(teacher, run, spec=spec, **given)
+    return outcome
+
+
+class _Rehearsal(Run):
+    """Takes the last step of every stage only, and leaves nothing behind."""
+
+    def steps(self, stage: str, total: int, **options: Any) -> Iterator[int]:
+        """Yield the number of the last step."""
+        for _ in super().steps(stage, min(total, 1), **options):
+            yield total - 1
+
+
+def rehearse(
+    teacher: Teacher,
+    *,
+    recipe: str,
+    spec: QuantSpec,
+    images: Source | None = None,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> None:
+    """Take one step of every stage of a recipe in memory: what does not fit is refused before anything is on disk.
+
+    Otherwise a loss that needs labels the images do not have, say, would be found out after minutes of warm-up.
+
+    Args:
+        teacher: the float network.
+        recipe: name of the recipe.
+        spec: bits, placement and patterns.
+        images: a pool in place of the recipe's own source.
+        options: the recipe's other keyword arguments.
+        seed: seed of the run to come.
+
+    Raises:
+        BadInput: if an option does not exist or does not fit, or if the teacher cannot be quantized this way.
+        RunFailed: if the first step is not finite.
+    """
+    with _Rehearsal(None, seed=seed, device=teacher.device, progress=False) as run:
+        run_recipe(teacher, run, recipe=recipe, spec=spec, images=images, options=options)
 
 
 def agreement_facts(agreed: Agreement, probed: Agreement, inputs: str) -> dict[str, Any]:
@@ -137,28 +196,40 @@ def read_student(path: Path, teacher: Teacher) -> nn.Module:
     """Rebuild the student of a finished run: quantize its teacher as student.json says, then load the weights.
 
     Raises:
-        BadInput: if the run is not finished or does not belong to this teacher.
+        BadInput: if the run is not finished, does not belong to this teacher, or its files are damaged.
     """
     if not (path / "student.safetensors").exists():
         raise BadInput(str(path), expected="a finished run directory (with student.safetensors)", got="none there",
                        fix="Finish it with `zsq quantize ... --run DIR --resume`.")  # fmt: skip
-    spec = QuantSpec.from_json(read_json(path / "student.json")["spec"])
-    student, _ = quantize(teacher.net, spec)
+    facts = read_json(path / "student.json")
     state: dict[str, Tensor] = load_tree(path / "student.safetensors")
-    student.load_state_dict(state)
+    try:
+        student, _ = quantize(teacher.net, QuantSpec.from_json(facts["spec"]))
+        student.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise BadInput(str(path), expected="the student of a zsq run", got=" ".join(str(error).split())[:300],
+                       fix="The files were changed or mixed up: quantize again.") from error  # fmt: skip
     return student.eval()
 
 
-def load_pool(
-    text: str | None, teacher: Teacher, *, batch: int | None = None, apart_from: str | None = None
-) -> PoolSource | None:
+def open_data(text: str, teacher: Teacher) -> LabelledData:
+    """Open a labelled set and read its first images, so that what is wrong is said before a run and not after it.
+
+    Raises:
+        BadInput: if it cannot be read, or does not fit the teacher.
+    """
+    data = load_data(text, teacher)
+    next(iter(data.batches(2)))
+    return data
+
+
+def load_pool(text: str | None, teacher: Teacher, *, apart_from: str | None = None) -> PoolSource | None:
     """Open the pool that `--images` names.
 
     Args:
-        text: FILE.safetensors (a saved synthetic set), a DATA string such as npz:FILE[a:b] (real pixels, no labels),
-            or None.
+        text: FILE.safetensors (a saved synthetic set: ``images`` and maybe ``labels``), a DATA string such as
+            npz:FILE[a:b] (real pixels, no labels), or None.
         teacher: whose normalisation and image size apply.
-        batch: images per draw; 64 if not given.
         apart_from: the evaluation set of the same run.
 
     Returns:
@@ -169,21 +240,20 @@ def load_pool(
     """
     if text is None:
         return None
-    if text.endswith(".safetensors"):
-        tree = load_tree(Path(text))
-        images, labels = tree["images"], tree.get("labels")
-        if tuple(images.shape[1:]) != tuple(teacher.image):
-            raise BadInput("--images", expected=f"images of shape {list(teacher.image)}",
-                           got=str(list(images.shape[1:])),
-                           fix="Give a pool made for this teacher.")  # fmt: skip
-        name = f"saved images ({Path(text).name})"
-    else:
+    if is_real(text):
         if apart_from is not None:
             check_disjoint(text, apart_from)
         images, labels, name = load_images(text, teacher), None, f"real images ({Path(text).name})"
-    device = next(teacher.net.parameters()).device
-    labels = None if labels is None else labels.to(device)
-    return PoolSource(images.to(device), labels, name=name, batch=batch or 64)
+    else:
+        images, labels = read_pool(Path(text), image=teacher.image, classes=teacher.classes)
+        name = f"saved images ({Path(text).name})"
+    labels = None if labels is None else labels.to(teacher.device)
+    return PoolSource(images.to(teacher.device), labels, name=name)
+
+
+def is_real(text: str) -> bool:
+    """Whether `--images` names real images instead of a saved synthetic set."""
+    return not text.endswith(".safetensors")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from zsq.errors import BadInput
+from zsq.quantizer import MseRange, Percentile, RunningMinMax
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +18,14 @@ if TYPE_CHECKING:
     from zsq.sources.base import Source
 
 Choice = TypeVar("Choice")
+
+# Activation ranges by name. The share of the percentile was chosen by agreement on synthetic images (docs/findings.md).
+RANGES: dict[str, Callable[..., Any]] = {
+    "percentile": partial(Percentile, share=0.999),
+    "ema": RunningMinMax,
+    "mse": MseRange,
+    "official": partial(RunningMinMax, correction="official"),
+}
 
 
 class Outcome(NamedTuple):
@@ -54,15 +65,41 @@ def settle(*tables: Mapping[str, Any], **given: Any) -> SimpleNamespace:
     Returns:
         A namespace with one attribute per name; ``vars()`` of it goes into the run's summary.
 
+    Raises:
+        BadInput: for a given number that is negative or not finite.
+
     Example:
         >>> settle({"steps": 600, "batch": 64}, steps=None, batch=32)
         namespace(steps=600, batch=32)
     """
+    for name, value in given.items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            option = f"--{name.replace('_', '-')}"
+            raise BadInput(option, expected="a number from 0", got=value, fix="Correct it, or leave it out.")
     merged: dict[str, Any] = {}
     for table in tables:
         merged.update(table)
     merged.update({name: value for name, value in given.items() if value is not None or name not in merged})
     return SimpleNamespace(**merged)
+
+
+def feed(images: Source | None, make: Callable[[], Source], *, batch: int) -> Source:
+    """Give the source of a recipe: the caller's images if there are any, else its own.
+
+    Args:
+        images: another source, or None.
+        make: makes the recipe's own.
+        batch: images per draw that the recipe settled on; the caller's source then draws as many.
+
+    Raises:
+        BadInput: for an empty batch.
+    """
+    if images is None:
+        return make()
+    if batch < 1:
+        raise BadInput("--batch", expected="at least 1 image", got=batch, fix="Choose a larger batch.")
+    images.batch = batch
+    return images
 
 
 def student_milestones(steps: int, image: tuple[int, int, int]) -> tuple[int, ...]:
@@ -107,7 +144,7 @@ def generator_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
     small = max(image[1:]) <= 64
     table = {
         "quick": {"warmup": 300, "steps": 300, "batch": 64 if small else 16},
-        "standard": {"warmup": 600, "steps": 2400, "batch": 128 if small else 16},
+        "standard": {"warmup": 600, "steps": 1500, "batch": 64 if small else 16},
         "paper": {"warmup": 800, "steps": 79_200, "batch": 200}
         if small
         else {"warmup": 10_000, "steps": 70_000, "batch": 16},

@@ -17,8 +17,9 @@ VERSION = 1  # part of the file name: a change of the recipe for the pool must n
 
 def cache_folder() -> Path:
     """`ZSQ_CACHE`, or zsq in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zsq"
-    return Path(os.environ.get("ZSQ_CACHE") or default)
+    if own := os.environ.get("ZSQ_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "zsq"
 
 
 def probe_pool(teacher: Teacher) -> Tensor:
@@ -30,14 +31,12 @@ def probe_pool(teacher: Teacher) -> Tensor:
     Returns:
         Shape [n, c, h, w], float32, in the teacher's normalised space.
     """
-    path = cache_folder() / f"probe-v{VERSION}-{teacher.fingerprint[:16]}.safetensors"
-    device = next(teacher.net.parameters()).device
-    if path.exists():
-        try:
-            return load_tree(path)["images"].to(device)
-        except BadInput:  # a damaged cache file is made again
-            pass
-    images = probe_images(teacher)
+    shape = "x".join(map(str, teacher.image))  # the same weights may be used on images of several sizes
+    path = cache_folder() / f"probe-v{VERSION}-{teacher.fingerprint[:16]}-{shape}.safetensors"
+    try:
+        return load_tree(path)["images"].to(teacher.device)
+    except (BadInput, KeyError, TypeError):  # none yet, or a damaged one, which is made again
+        images = probe_images(teacher)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tree(path, {"images": images.cpu()})

@@ -285,6 +285,14 @@ def _output_width(net: nn.Module, image: tuple[int, int, int], name: str, device
 
 
 def _unknown(name: str) -> BadInput:
+    if name.endswith(".onnx"):
+        return BadInput(
+            f"teacher {Path(name).name}",
+            expected="a network in torch",
+            got="an ONNX file, in which BatchNorm is usually folded away and nothing can be trained",
+            fix="Give the torch network it was exported from, as FILE.py:CALLABLE with --weights. An ONNX file can be "
+            "scored: zsq evaluate FILE.onnx --data DATA.",
+        )
     close = difflib.get_close_matches(name, EMBEDDED, n=2)
     fix = f"Did you mean {' or '.join(close)}?" if close else "See `zsq list teachers`."
     return BadInput(

@@ -24,11 +24,12 @@ _CONVERT = """A pickle can run any code when it is read. Convert it once, with a
     save_file({{k: v.contiguous() for k, v in state.items()}}, {new!r})"""
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
+def read_weights(path: Path | str, *, what: str = "weights") -> dict[str, Tensor]:
     """Read a safetensors file; tensors are on the CPU.
 
     Args:
         path: the file.
+        what: the option that names it, for messages.
 
     Returns:
         Name -> tensor.
@@ -37,10 +38,10 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         BadInput: if it is missing, a pickle (recognised by its first bytes), truncated, or of another kind.
     """
     path = Path(path)
-    subject = f"weights {path}"
+    subject = f"{what} {path}"
     if not path.is_file():
         got = "a directory" if path.is_dir() else "no such file"
-        raise BadInput(subject, expected="a .safetensors file", got=got, fix="Check the name given as --weights.")
+        raise BadInput(subject, expected="a .safetensors file", got=got, fix=f"Check the name given as --{what}.")
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -58,7 +59,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             subject,
             expected="a .safetensors file",
             got=f"a file of another kind ({size} bytes)",
-            fix="Save the weights with safetensors.torch.save_file.",
+            fix=f"Save the {what} with safetensors.torch.save_file.",
         )
     if (need := _bytes_needed(path, header, size)) > size:
         raise BadInput(

@@ -368,7 +368,9 @@ def test_disjoint(tmp_path: Path) -> None:
         (f"cifar10:{tmp_path}", f"cifar10:{tmp_path}/a/.."),
     ]  # fmt: skip
     for images, evaluation in common:
-        with pytest.raises(BadInput, match=r"--images .*: expected images apart from those of --eval .*got common ones"):
+        with pytest.raises(
+            BadInput, match=r"--images .*: expected images apart from those of --eval .*got common ones"
+        ):
             check_disjoint(images, evaluation)
     with pytest.raises(BadInput, match="got no such file"):
         check_disjoint(f"npz:{tmp_path / 'none.npz'}", one)

@@ -399,7 +399,10 @@ def test_a_directory_is_no_file(user: Path) -> None:
         ({"fc.weight": torch.zeros(1)}, r"1 unexpected \(fc.weight\)"),
         ({"5.weight": torch.zeros(6, 8)}, r"expected / got: 5.weight \[4, 8\] / \[6, 8\]"),
         ({"0.bias": torch.zeros(8, dtype=torch.int8)}, "expected floating point tensors, got 0.bias torch.int8"),
-        ({"0.bias": torch.full((8,), float("nan"))}, "got NaN or infinity in 0.bias"),
+        (
+            {"0.bias": torch.full((8,), float("nan"))},
+            r"mine.safetensors: expected finite numbers, got NaN or infinity in 0.bias",
+        ),
         ({"1.running_var": torch.full((8,), float("inf"))}, "got NaN or infinity in 1.running_var"),
         ({"1.running_var": torch.full((8,), -1.0)}, "expected finite logits for a black image"),
     ],

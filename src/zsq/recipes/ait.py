@@ -18,8 +18,8 @@ from zsq import losses
 from zsq.fit import calibrate, fit
 from zsq.insert import QuantSpec, codes_and_latents, quantize, quantized_weights
 from zsq.inundation import GradientInundation
-from zsq.presets import Outcome, choose, generator_budget, settle, student_milestones
-from zsq.quantizer import LiveMinMax, RunningMinMax
+from zsq.presets import RANGES, Outcome, choose, feed, generator_budget, settle, student_milestones
+from zsq.quantizer import LiveMinMax
 from zsq.recipes.gdfq import source as gdfq_source
 from zsq.run import Run
 from zsq.sources.base import Batch, Source
@@ -27,14 +27,14 @@ from zsq.teachers import Teacher
 from zsq.view import View
 
 PAPER = "Choi et al., CVPR 2022, arXiv 2203.17008"
-PARTS = "images of --base | live min/max + EMA ranges | KL | gradient inundation"
+PARTS = "images of --base | live min/max weights, percentile activations | KL | gradient inundation"
 BASES = {"gdfq": gdfq_source}
 EPOCH = 1 / 400  # the first student epoch, in which the official search stops at 128 times the step
 
 FIDELITY: dict[str, dict[str, Any]] = {
-    "best": {"range_rule": "once", "observe_last": 50, "inundation": "exact", "cap": None},
-    "paper": {"range_rule": "once", "observe_last": None, "inundation": "exact", "cap": None},
-    "official": {"range_rule": "official", "observe_last": None, "inundation": "search", "cap": 100.0},
+    "best": {"ranges": "percentile", "lr": 1e-3, "observe_last": 50, "inundation": "exact", "cap": None},
+    "paper": {"ranges": "ema", "lr": 1e-4, "observe_last": None, "inundation": "exact", "cap": None},
+    "official": {"ranges": "official", "lr": 1e-4, "observe_last": None, "inundation": "search", "cap": 100.0},
 }
 
 
@@ -51,10 +51,11 @@ def ait(
     warmup: int | None = None,
     batch: int | None = None,
     micro_batch: int | None = None,
-    lr: float = 1e-4,
+    lr: float | None = None,
     weight_decay: float = 0.0,
     temperature: float = 20.0,
     kl_reduction: Literal["mean", "batchmean"] = "mean",
+    ranges: Literal["percentile", "ema", "mse", "official"] | None = None,
     inundation: Literal["exact", "search", "off"] | None = None,
     flip_rate: float | None = None,
     flip_decay: float = 0.1,
@@ -73,10 +74,12 @@ def ait(
         warmup: generator-only steps before them; the budget's if not given.
         batch: images per step; the budget's if not given.
         micro_batch: split the student's batch into parts of at most this size, same gradient, less memory.
-        lr: learning rate of the student's SGD; inundated layers hardly feel it, BatchNorm and bias do.
+        lr: learning rate of the student's SGD, the fidelity's if not given; inundated layers hardly feel it, BatchNorm
+            and bias do.
         weight_decay: of the student's SGD.
         temperature: of the distillation term, which carries its square.
         kl_reduction: mean (over batch and classes, as published) or batchmean.
+        ranges: rule of the activation ranges: percentile, ema (of minimum and maximum), mse or official.
         inundation: exact (order statistic), search (the released bracketing) or off (KL only); the fidelity's if not given.
         flip_rate: share of a layer's integer weights that must change per step; 1e-3 up to 64 pixels, 1e-4 above.
         flip_decay: factor on the flip rate at a quarter, half and three quarters of the run.
@@ -90,12 +93,14 @@ def ait(
     | what | paper | official code | here | why | test |
     |---|---|---|---|---|---|
     | student loss | KL only | 400 x KL, mean over batch and classes | the same; option batchmean | as executed, named | tests/unit/test_losses.py |
+    | activation range | EMA of minimum and maximum | its bias correction applied again at every step | 99.9 % of the values (best), EMA corrected once (paper), as released (official) | at 3 bits the extremes of a batch cost most of the accuracy: docs/findings.md | tests/unit/test_quantizer.py |
+    | learning rate | 1e-4 | 1e-4 | 1e-3 (best), 1e-4 (paper, official) | BatchNorm and bias follow in short budgets; docs/findings.md | tests/contracts/test_recipes.py |
     | inundation factor | at least the target share changes | last midpoint of a bisection, often below the target | exact order statistic; search on request | the guarantee of the paper, no host sync | tests/unit/test_inundation.py |
     | grid while counting | not stated | recomputed from the moved weights | frozen (exact), recomputed (search) | a moving grid counts flips that change nothing | tests/unit/test_inundation.py |
     | cap on the factor | none | 128 in the first student epoch | none; official as released | nothing diverges without it | tests/unit/test_inundation.py |
     | flip rate decay | not stated | x 0.1 three times | x 0.1 three times; option | as executed | tests/unit/test_inundation.py |
     | momentum buffer | gradients are manipulated | unscaled | unscaled | as executed | tests/unit/test_inundation.py |
-    | ImageNet flip rate, AutoReCon base | not stated | 1e-3 by a parser default | 1e-4 as the other bases | the commented code says 1e-4 | tests/unit/test_recipes.py |
+    | ImageNet flip rate, AutoReCon base | not stated | 1e-3 by a parser default | 1e-4 as the other bases | the commented code says 1e-4 | tests/unit/test_ait.py |
     """
     small = max(teacher.image[1:]) <= 64
     plan = settle(
@@ -103,21 +108,21 @@ def ait(
         choose("--fidelity", fidelity, FIDELITY),
         {"flip_rate": 1e-3 if small else 1e-4},
         steps=steps, warmup=warmup, batch=batch, lr=lr, weight_decay=weight_decay, temperature=temperature,
-        kl_reduction=kl_reduction, inundation=inundation, flip_rate=flip_rate, flip_decay=flip_decay, base=base,
+        kl_reduction=kl_reduction, ranges=ranges, inundation=inundation, flip_rate=flip_rate, flip_decay=flip_decay, base=base,
     )  # fmt: skip
     later = student_milestones(plan.steps, teacher.image)
-    ranges = partial(RunningMinMax, correction=plan.range_rule)
-    student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LiveMinMax, act=ranges))
-    batches = images or choose("--base", base, BASES)(
-        teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later)
+    student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LiveMinMax, act=RANGES[plan.ranges]))
+    make = partial(
+        choose("--base", base, BASES), teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later)
     )
+    batches = feed(images, make, batch=plan.batch)
 
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 
     def student_loss(s: View, t: View, batch: Batch) -> dict[str, Tensor]:  # the labels are not used: that is the point
         return {"kl": losses.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction)}
 
-    sgd = SGD(student.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    sgd = SGD(student.parameters(), plan.lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     decay = MultiStepLR(sgd, later, gamma=0.1)
     flood = None
     if plan.inundation != "off":

@@ -18,8 +18,8 @@ from zsq import losses
 from zsq.fit import calibrate, fit
 from zsq.generators import ConditionalGenerator
 from zsq.insert import QuantSpec, codes_and_latents, quantize
-from zsq.presets import Outcome, choose, generator_budget, settle, student_milestones
-from zsq.quantizer import LiveMinMax, RunningMinMax
+from zsq.presets import RANGES, Outcome, choose, feed, generator_budget, settle, student_milestones
+from zsq.quantizer import LiveMinMax
 from zsq.run import Run
 from zsq.sources.base import Batch, Source
 from zsq.sources.generator import GeneratorSource
@@ -27,12 +27,12 @@ from zsq.teachers import Teacher
 from zsq.view import View
 
 PAPER = "Xu et al., ECCV 2020, arXiv 2003.03603"
-PARTS = "conditional generator | live min/max + EMA ranges | KL + cross-entropy"
+PARTS = "conditional generator | live min/max weights, percentile activations | KL + cross-entropy"
 
 FIDELITY: dict[str, dict[str, Any]] = {
-    "best": {"range_rule": "once", "observe_last": 50},
-    "paper": {"range_rule": "once", "observe_last": None},
-    "official": {"range_rule": "official", "observe_last": None},
+    "best": {"ranges": "percentile", "lr": 1e-3, "observe_last": 50},
+    "paper": {"ranges": "ema", "lr": 1e-4, "observe_last": None},
+    "official": {"ranges": "official", "lr": 1e-4, "observe_last": None},
 }
 
 
@@ -68,12 +68,13 @@ def gdfq(
     warmup: int | None = None,
     batch: int | None = None,
     micro_batch: int | None = None,
-    lr: float = 1e-4,
+    lr: float | None = None,
     weight_decay: float = 1e-4,
     ce_weight: float = 1.0,
     kl_weight: float = 1.0,
     temperature: float = 20.0,
     kl_reduction: Literal["mean", "batchmean"] = "mean",
+    ranges: Literal["percentile", "ema", "mse", "official"] | None = None,
 ) -> Outcome:
     """Quantize `teacher` with GDFQ.
 
@@ -88,12 +89,13 @@ def gdfq(
         warmup: generator-only steps before them; the budget's if not given.
         batch: images per step; the budget's if not given.
         micro_batch: split the student's batch into parts of at most this size, same gradient, less memory.
-        lr: learning rate of the student's SGD.
+        lr: learning rate of the student's SGD; the fidelity's if not given.
         weight_decay: of the student's SGD.
         ce_weight: weight of the cross-entropy with the label asked for.
         kl_weight: weight of the distillation term.
         temperature: of the distillation term, which carries its square.
         kl_reduction: mean (over batch and classes, as published) or batchmean.
+        ranges: rule of the activation ranges: percentile, ema (of minimum and maximum), mse or official.
 
     Returns:
         Student, report, source and the numbers the presets settled on.
@@ -105,7 +107,8 @@ def gdfq(
     |---|---|---|---|---|---|
     | BN-statistics term | sum over layers | mean over layers and channels | mean | what the published numbers were made with | tests/unit/test_losses.py |
     | KL reduction | per sample | mean over batch and classes | mean; option batchmean | as executed, named | tests/unit/test_losses.py |
-    | activation range | EMA | bias correction applied again at every step | corrected once; official on request | short warm-ups survive | tests/unit/test_quantizer.py |
+    | activation range | EMA of minimum and maximum | its bias correction applied again at every step | 99.9 % of the values (best), EMA corrected once (paper), as released (official) | at 3 bits the extremes of a batch cost most of the accuracy: docs/findings.md | tests/unit/test_quantizer.py |
+    | learning rate | 1e-4 (CIFAR), 1e-6 (ImageNet) | 1e-4 (CIFAR), 1e-6 or 1e-4 (ImageNet) | 1e-3 (best), 1e-4 (paper, official) | short budgets; docs/findings.md | tests/contracts/test_recipes.py |
     | student forward in warm-up | not stated | every step | last 50 steps (best), every step (paper, official) | the EMA forgets earlier batches | tests/unit/test_fit.py |
     | checkpoint reported | best on the test set | best on the test set | last | nothing is chosen on test data | tests/test_architecture.py |
     """
@@ -113,12 +116,12 @@ def gdfq(
         generator_budget(budget, teacher.image),
         choose("--fidelity", fidelity, FIDELITY),
         steps=steps, warmup=warmup, batch=batch, lr=lr, weight_decay=weight_decay, ce_weight=ce_weight,
-        kl_weight=kl_weight, temperature=temperature, kl_reduction=kl_reduction,
+        kl_weight=kl_weight, temperature=temperature, kl_reduction=kl_reduction, ranges=ranges,
     )  # fmt: skip
     later = student_milestones(plan.steps, teacher.image)
-    ranges = partial(RunningMinMax, correction=plan.range_rule)
-    student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LiveMinMax, act=ranges))
-    batches = images or source(teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later))
+    student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LiveMinMax, act=RANGES[plan.ranges]))
+    make = partial(source, teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later))
+    batches = feed(images, make, batch=plan.batch)
 
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 
@@ -128,7 +131,7 @@ def gdfq(
             "ce": ce_weight * losses.cross_entropy(s.logits, batch.labels),
         }
 
-    sgd = SGD(student.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    sgd = SGD(student.parameters(), plan.lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     decay = MultiStepLR(sgd, later, gamma=0.1)
     fit(student, teacher, batches, student_loss, sgd, steps=plan.steps, run=run, schedulers=[decay],
         micro_batch=micro_batch, history_of=partial(codes_and_latents, student))  # fmt: skip

@@ -35,10 +35,12 @@ class Source(Protocol):
 
     Attributes:
         name: short name for logs and summaries, e.g. ``"gdfq"``.
+        batch: images per draw; the recipe that draws sets it.
         metrics: loss terms of the last `draw`, 0-dim tensors on the source's device (never read back in the step).
     """
 
     name: str
+    batch: int
     metrics: dict[str, Tensor]
 
     def draw(self, rng: torch.Generator) -> Batch:

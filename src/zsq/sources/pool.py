@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from zsq.errors import BadInput
 from zsq.sources.base import Batch
+from zsq.weight_files import read_weights
 
 
 class PoolSource:
@@ -22,7 +24,7 @@ class PoolSource:
         held_out: how many images at the end of the pool `draw` never sees; `sample` reads only those.
 
     Raises:
-        BadInput: if the pool is not larger than the part held out.
+        BadInput: if the pool is not larger than the part held out, or the batch is empty.
 
     Example:
         >>> source = PoolSource(torch.zeros(8, 3, 4, 4), None, name="zeros", batch=2, held_out=2)
@@ -31,7 +33,7 @@ class PoolSource:
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor | None, *, name: str, batch: int, held_out: int | None = None
+        self, images: Tensor, labels: Tensor | None, *, name: str, batch: int = 64, held_out: int | None = None
     ) -> None:
         keep = min(1024, len(images) // 8) if held_out is None else held_out
         if images.ndim != 4 or not 0 < keep < len(images):
@@ -41,6 +43,8 @@ class PoolSource:
                 got=f"a tensor of shape {list(images.shape)}",
                 fix="Give a larger pool, or a wider slice of the file.",
             )
+        if batch < 1:
+            raise BadInput("--batch", expected="at least 1 image", got=batch, fix="Choose a larger batch.")
         self.name, self.batch = name, batch
         self.metrics: dict[str, Tensor] = {}
         self._images, self._labels, self._seen = images, labels, len(images) - keep
@@ -64,3 +68,35 @@ class PoolSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def read_pool(path: Path, *, image: tuple[int, int, int], classes: int) -> tuple[Tensor, Tensor | None]:
+    """Read a saved pool: a safetensors file with ``images`` float [n, c, h, w], and maybe ``labels`` int64 [n].
+
+    Args:
+        path: the file.
+        image: (c, h, w) of the teacher's input.
+        classes: number of its classes.
+
+    Returns:
+        Images in float32 and labels or None, on the CPU.
+
+    Raises:
+        BadInput: if the file is damaged, of another kind, or not made for this teacher.
+    """
+    tree = read_weights(path, what="images")
+    images, labels = tree.get("images"), tree.get("labels")
+    wanted = f"a float tensor 'images' of shape {['n', *image]}".replace("'n'", "n")
+    fix = "Give a pool made for this teacher."
+    if images is None or not images.is_floating_point() or tuple(images.shape[1:]) != tuple(image):
+        got = f"tensors {', '.join(sorted(tree))}" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise BadInput(f"--images {path}", expected=wanted, got=got, fix=fix)
+    if not bool(images.isfinite().all()):
+        raise BadInput(f"--images {path}", expected="finite pixels", got="NaN or infinity", fix="Make the pool again.")
+    if labels is not None:
+        whole = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+        if not whole or not bool(((labels >= 0) & (labels < classes)).all()):
+            got = f"{labels.dtype} {list(labels.shape)}" + (f" from {labels.min()} to {labels.max()}" if whole else "")
+            expected = f"one label from 0 to {classes - 1} per image"
+            raise BadInput(f"--images {path}", expected=expected, got=got, fix=fix)
+    return images.float(), labels

@@ -1,0 +1,67 @@
+"""What is wrong with a command line, in the words of all other errors: expected, got, what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from cyclopts import exceptions
+
+from zsq.errors import BadInput
+
+_WORDS = {int: "a whole number", float: "a number", bool: "no value (it is a switch)"}
+
+
+def explain(error: exceptions.CycloptsError, commands: Sequence[str]) -> BadInput:
+    """Turn an error of the parser into ours.
+
+    Args:
+        error: what the parser raised.
+        commands: names of all commands.
+
+    Returns:
+        The error to show, exit code 2.
+    """
+    chain = " ".join(["zsq", *(error.command_chain or ())])
+    fix = f"See `{chain} --help`."
+    kind, token = type(error).__name__, getattr(error, "token", None)
+    text = " ".join(str(error).split())
+    if kind == "CoercionError" and token is not None:
+        target: Any = getattr(error, "target_type", None)
+        return BadInput(_name(error), expected=_words(target), got=repr(token.value), fix=fix)
+    if kind == "UnknownCommandError":
+        got = re.search(r'"(.*?)"', text)
+        return BadInput("COMMAND", expected=f"one of {', '.join(commands)}", got=got.group(1) if got else text, fix=fix)
+    if kind == "UnknownOptionError" and token is not None:
+        near = re.search(r"Did you mean (\S+?)\?", text)
+        hint = f"Did you mean {near.group(1)}? " if near else ""
+        return BadInput(chain, expected="options that it has", got=token.keyword or token.value, fix=hint + fix)
+    if kind in ("MissingArgumentError", "ConsumeMultipleError"):
+        return BadInput(_name(error), expected="a value", got="nothing", fix=fix)
+    if kind == "UnusedCliTokensError":
+        rest = " ".join(error.unused_tokens or ())
+        return BadInput(chain, expected="no further argument", got=repr(rest), fix=fix)
+    if kind == "RepeatArgumentError":
+        return BadInput(_name(error), expected="to be given once", got="more than once", fix=fix)
+    return BadInput(chain, expected="a command line it understands", got=text.rstrip("."), fix=fix)
+
+
+def _name(error: exceptions.CycloptsError) -> str:
+    """The option as it was written, or the positional argument in capitals."""
+    token, argument = getattr(error, "token", None), error.argument
+    keyword = getattr(token, "keyword", None) or getattr(error, "keyword", None)
+    if keyword:
+        return str(keyword)
+    if argument is None:
+        return "zsq"
+    positional = argument.field_info.kind is not argument.field_info.KEYWORD_ONLY
+    return argument.name.lstrip("-").upper() if positional else argument.name
+
+
+def _words(target: Any) -> str:
+    """A type as people say it."""
+    if get_origin(target) is Literal:
+        return f"one of {', '.join(map(str, get_args(target)))}"
+    plain = [kind for kind in (target, *get_args(target)) if kind in _WORDS]
+    return _WORDS[plain[0]] if plain else "another value"
