@@ -10,11 +10,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import tiny
 from zsq import cli
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from zsq.facts import Facts
 from zsq.teachers import Teacher, make_teacher
 
 # What a user would write. 1x8x8 images and ten classes, so that the digits can be scored.
-SOURCE = '''
+SOURCE = """
 import torch
 from torch import nn
 
@@ -57,7 +57,7 @@ class Holder(nn.Module):
 
 def six_classes():
     return nn.Sequential(*list(net())[:-1], nn.Linear(8, 6))
-'''
+"""
 SHORT = ("--steps", "3", "--warmup", "3", "--batch", "8")
 
 

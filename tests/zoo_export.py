@@ -13,7 +13,7 @@ from zsq.insert import QuantSpec, freeze_ranges, quantize
 from zsq.teachers import Teacher
 
 
-def conv(i: int, o: int, kernel: int = 3, stride: int = 1, *, groups: int = 1, act: nn.Module | None = None) -> nn.Module:
+def conv(i: int, o: int, kernel: int = 3, stride: int = 1, *, groups: int = 1, act: nn.Module | None = None) -> nn.Module:  # noqa: E501
     layers = [nn.Conv2d(i, o, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(o)]
     return nn.Sequential(*layers, *([] if act is None else [act]))
 
@@ -80,7 +80,7 @@ class Mobile(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Two scales, PReLU and LeakyReLU, average pooling, concatenation, bilinear and nearest resize, a class per pixel."""
+    """Two scales, PReLU, LeakyReLU, average pooling, concatenation, bilinear and nearest resize; a class per pixel."""
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__()

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -65,7 +65,7 @@ def show(result: dict[str, Any], *, as_json: bool, title: str) -> None:
 
 def in_words(key: str, value: object) -> str:
     """One value of a summary for people: shares as percent, lists and tables in one line."""
-    if isinstance(value, float) and (key.endswith(("score", "agreement", "top5"))):
+    if isinstance(value, float) and key.endswith(("score", "agreement", "top5", "share")):
         return f"{100 * value:.2f} %"
     if isinstance(value, list) and all(isinstance(item, float) for item in value):
         return " to ".join(f"{100 * item:.2f} %" for item in value)
@@ -173,6 +173,10 @@ def evaluate(subject: str, *, data: str | None = None, device: Literal["auto", "
 
     where = pipeline.resolve_device(device)
     if Path(subject).is_dir():
+        if facts is not None:
+            given = sorted(f"--{key}" for key, value in vars(facts).items() if value)
+            raise BadInput(f"zsq evaluate {subject}", expected="no facts of a network: the run knows its teacher",
+                           got=", ".join(given), fix="Leave them out.")  # fmt: skip
         result = finished.evaluate(Path(subject), data=data, device=where)
     elif data is None:
         raise BadInput("zsq evaluate", expected=f"--data to score {subject!r} on, or a run directory", got="neither",
@@ -182,6 +186,31 @@ def evaluate(subject: str, *, data: str | None = None, device: Literal["auto", "
     else:
         result = finished.evaluate_teacher(subject, (facts or TeacherOptions()).facts(), data=data, device=where)
     show(result, as_json=json, title=subject)
+
+
+@app.command
+def export(run: Path, *, target: Literal["ort", "openvino", "torch"] = "ort", output: Path | None = None,
+           benchmark: Annotated[bool, Parameter(negative=())] = False, device: Literal["auto", "cpu", "cuda"] = "cpu",
+           json: bool = False) -> None:  # fmt: skip
+    """Write the student of a finished run as a file for an integer runtime, run that file, and compare.
+
+    Args:
+        run: a finished run directory.
+        target: ort (ONNX Runtime), openvino, or torch (a torch.export program).
+        output: the file; model-TARGET.onnx or .pt2 in the run directory if not given.
+        benchmark: also measure size and speed against the float network in the same runtime.
+        device: where the networks are loaded; the file is checked on the CPU.
+        json: print one JSON object instead of a table.
+    """
+    from zsq import pipeline
+    from zsq.export import export as export_run
+
+    where = str(pipeline.resolve_device(device))
+    result = export_run(run, target=target, output=output, benchmark=benchmark, device=where)
+    if result["warning"]:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"zsq: {result['warning']}", markup=False)
+    shown = result if json else {key: value for key, value in result.items() if key not in ("lsb", "warning")}
+    show(shown, as_json=json, title=f"{run}: {result['file']}")
 
 
 @app.command(name="list")
@@ -219,12 +248,14 @@ def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, outpu
     from zsq import bench as benchmark
     from zsq.checkpoint import write_json_atomic
 
+    if output is not None and not output.parent.is_dir():
+        raise BadInput("--output", expected="a file in an existing folder", got=str(output), fix="Make the folder.")
     say = Console(stderr=True, highlight=False)
     result = benchmark.run_matrix(matrix, runs=runs, jobs=jobs, report=lambda line: say.print(line, markup=False))
     if output is not None:
         write_json_atomic(output, result)
     if json:
-        sys.stdout.write(_json_rows("bench", [result]))
+        show(result, as_json=True, title=matrix.name)
         return
     table = Table(
         "teacher", "bits", "method", "seeds", "float", "student", "drop", "agreement", "minutes",

@@ -51,7 +51,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     record = read_json(path / "config.json")
     config = record.get("config") if isinstance(record, dict) else None
-    if not isinstance(config, dict) or not {"name", "fingerprint"} <= set(config.get("teacher") or ()):
+    teacher = config.get("teacher") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(teacher, dict) or not {"name", "fingerprint"} <= set(teacher):
         raise BadInput(str(path / "config.json"), expected="the configuration of a run of `zsq quantize`",
                        got="other data", fix="Give a run directory that `zsq quantize` made.")  # fmt: skip
     return config

@@ -79,7 +79,8 @@ def read_weights(path: Path | str, *, what: str = "weights") -> dict[str, Tensor
 def _pickled(start: bytes) -> str | None:
     if start.startswith(b"PK"):
         return "a zip archive, as torch.save writes it (a pickle inside)"
-    if start[:1] == b"\x80" and start[1:2] in (b"\x01", b"\x02", b"\x03", b"\x04", b"\x05"):
+    # The length of a safetensors header may begin with the same two bytes; then its ninth byte opens the header.
+    if start[8:] != b"{" and start[:1] == b"\x80" and start[1:2] in (b"\x01", b"\x02", b"\x03", b"\x04", b"\x05"):
         return "a pickle"
     return None
 

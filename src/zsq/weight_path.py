@@ -14,6 +14,7 @@ from zsq.grid import Grid, fake_quantize
 from zsq.quantizer import Quantizer
 
 _INT32 = 2**31 - 1
+_ROOM = 2.0**30  # largest bias in steps of the accumulator: half of its range stays free for the products
 
 
 class WeightPath(nn.Module):
@@ -29,6 +30,7 @@ class WeightPath(nn.Module):
         sources: per call site of the layer the quantizer whose grid its input is on, or None.
         parameter: path of the latent parameter: inside the layer, or inside the student for a functional layer.
         derived: the layer computes its weight from parameters (weight normalisation, standardisation).
+        ceiling: largest inv_step of the weight with which the bias fits into int32, as of the last forward; or None.
     """
 
     def __init__(self, quantizer: Quantizer, *, transposed_groups: int = 0) -> None:
@@ -39,6 +41,7 @@ class WeightPath(nn.Module):
         self.parameter = "weight"
         self.derived = False
         self.seen: Tensor | None = None
+        self.ceiling: Tensor | None = None
         # Tuples: modules that live elsewhere in the network must not be registered a second time.
         self.folded: tuple[nn.Module, ...] = ()
         self.sources: tuple[Quantizer | None, ...] = ()
@@ -67,9 +70,34 @@ class WeightPath(nn.Module):
             return weight, bias
         quantized = self.quantizer(weight)
         source = self.sources[site] if site < len(self.sources) else None
-        if bias is not None and source is not None:
-            bias = fake_quantize(bias, self.bias_grid(self.quantizer.grid(weight), source.grid(x)))
-        return quantized, bias
+        if bias is None or source is None:
+            return quantized, bias
+        own, inputs = self.quantizer.grid(weight), source.grid(x)
+        self.ceiling = self._ceiling(bias.detach(), inputs, own)
+        grid = self.limited(own)
+        # Weights that are almost nothing beside their bias (a channel whose BatchNorm factor is 0): steps so fine that
+        # the bias would not fit into the accumulator. Selected by value: a branch would read the device.
+        quantized = torch.where(own.inv_step > grid.inv_step, fake_quantize(weight, grid), quantized)
+        return quantized, fake_quantize(bias, self.bias_grid(grid, inputs))
+
+    def limited(self, grid: Grid) -> Grid:
+        """Grid of the weight with steps coarse enough for the bias to fit into int32.
+
+        Args:
+            grid: of the weight, from its quantizer.
+        """
+        if self.ceiling is None:
+            return grid
+        return grid._replace(inv_step=torch.minimum(grid.inv_step, self.ceiling))
+
+    def _ceiling(self, bias: Tensor, source: Grid, weight: Grid) -> Tensor:
+        """Largest inv_step per channel of `weight`'s grid with which the bias fits."""
+        limit = _ROOM / (bias.abs() * source.inv_step.flatten())
+        if weight.inv_step.numel() == 1:
+            limit = limit.amin()
+        elif self.transposed_groups > 1:
+            limit = limit.reshape(self.transposed_groups, -1).amin(0)
+        return limit.reshape(weight.inv_step.shape)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Fold the BatchNorm: ``w * gamma / sigma`` and ``beta + (b - mean) * gamma / sigma``; without one, nothing."""
@@ -123,7 +151,7 @@ class WeightPath(nn.Module):
             RunFailed: if a derived weight was never computed.
         """
         with torch.no_grad():
-            grid = self.quantizer.grid(self.fold(self._derive(latent), None)[0])
+            grid = self.limited(self.quantizer.grid(self.fold(self._derive(latent), None)[0]))
             inv_step, zero = grid.inv_step, grid.zero
             scale = self.scale()
             if scale is not None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_teacher
 from torch import Tensor
 
+from tiny import tiny_teacher
 from zsq import probe
 from zsq.teachers import Teacher
 
