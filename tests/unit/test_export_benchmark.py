@@ -1,0 +1,75 @@
+"""The benchmark: turns, warm-up, medians, both files in one runtime, and what it says about itself."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+import pytest
+
+from unit import onnx_files
+from zsq.errors import BadInput
+from zsq.export import benchmark
+
+IMAGE = (3, 16, 16)
+
+
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_smaller_file_is_faster_and_smaller(tmp_path: Path, runtime: str) -> None:
+    small = onnx_files.convolution(tmp_path / "small.onnx", 4, image=IMAGE)
+    large = onnx_files.convolution(tmp_path / "large.onnx", 256, image=IMAGE)
+    result = benchmark.measure(small, large, runtime, batches=(1, 8), seconds=0.1)
+    for batch in (1, 8):
+        ours, theirs = result[f"latency_ms_batch{batch}"], result[f"latency_ms_float_batch{batch}"]
+        assert result[f"speedup_batch{batch}"] == theirs / ours
+        assert result[f"calls_batch{batch}"] >= benchmark.ROUNDS
+        assert (f"latency_ms_float_bf16_batch{batch}" in result) == (runtime == "openvino")
+    assert result["speedup_batch8"] > 1.5
+    assert result["size_ratio"] == large.stat().st_size / small.stat().st_size > 3
+    assert result["threads"] == 1 and result["cpu"] and result["vnni"] in (True, False, None)
+    assert result["runtime"].split()[0] == {"ort": "onnxruntime", "openvino": "openvino"}[runtime]
+
+
+def test_the_same_file_is_as_fast_as_itself(tmp_path: Path) -> None:
+    path = onnx_files.convolution(tmp_path / "net.onnx", 64, image=IMAGE)
+    result = benchmark.measure(path, path, "ort", batches=(4,), seconds=0.3)
+    assert 0.5 < result["speedup_batch4"] < 2 and result["size_ratio"] == 1
+
+
+def test_turns_are_shared_and_the_first_calls_do_not_count() -> None:
+    calls: list[str] = []
+
+    def first() -> None:
+        calls.append("a")
+        time.sleep(0.2 if calls.count("a") == 1 else 0.002)
+
+    def second() -> None:
+        calls.append("b")
+        time.sleep(0.004)
+
+    times = benchmark.interleave({"a": first, "b": second}, seconds=0.15)
+    assert max(times["a"]) < 0.1  # the slow first call is not among them
+    for name, least in (("a", 0.002), ("b", 0.004)):
+        assert min(times[name]) >= least and len(times[name]) < calls.count(name)
+    # In turns, not one after the other; in either order.
+    changes = [(x, y) for x, y in itertools.pairwise(calls) if x != y]
+    assert len(changes) >= benchmark.ROUNDS and set(changes) == {("a", "b"), ("b", "a")}
+    assert 0.3 < sum(times["a"]) / sum(times["b"]) < 3
+
+
+def test_long_calls_still_get_their_turns() -> None:
+    times = benchmark.interleave({"a": lambda: time.sleep(0.01), "b": lambda: time.sleep(0.01)}, seconds=0)
+    assert all(len(own) >= benchmark.ROUNDS for own in times.values())
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    net = onnx_files.convolution(tmp_path / "net.onnx", 4, image=IMAGE)
+    fixed = onnx_files.convolution(tmp_path / "fixed.onnx", 4, image=IMAGE, batch=1)
+    other = onnx_files.convolution(tmp_path / "other.onnx", 4, image=(3, 8, 8))
+    with pytest.raises(BadInput, match="takes batches of 32, got batch 1"):
+        benchmark.measure(net, fixed, "ort", batches=(32,), seconds=0)
+    with pytest.raises(BadInput, match=r"same images, got \[3, 16, 16\] and \[3, 8, 8\]"):
+        benchmark.measure(net, other, "ort", seconds=0)
+    with pytest.raises(BadInput, match="no such file"):
+        benchmark.measure(net, tmp_path / "absent.onnx", "ort")
