@@ -26,6 +26,7 @@ _HOME = {
     "fit": "zsq.fit",
     "produce": "zsq.pipeline",
     "evaluate": "zsq.finished",
+    "analyse": "zsq.analysis",
 }
 
 __all__ = ["__version__", "recipes", *_HOME]

@@ -65,17 +65,20 @@ def quantized_weights(student: nn.Module) -> list[QuantizedWeight]:
 
 
 def codes_and_latents(student: nn.Module) -> dict[str, Tensor]:
-    """Give what a weight's history consists of.
+    """Give what a student's history consists of.
 
     Returns:
         Per quantized weight NAME: ``NAME.codes`` (int8) and ``NAME.latent`` (detached), both of the parameter's shape.
+        Per other parameter KEY (BatchNorm factors, biases): ``KEY.parameter``, so that the student can be rebuilt.
     """
     tensors = {}
     with torch.no_grad():
         for weight in quantized_weights(student):
             tensors[f"{weight.name}.codes"] = encode(weight.parameter, weight.grid()).to(torch.int8)
             tensors[f"{weight.name}.latent"] = weight.parameter.detach()
-    return tensors
+    latents = {id(weight.parameter) for weight in quantized_weights(student)}
+    others = ((key, value) for key, value in student.named_parameters() if id(value) not in latents)
+    return tensors | {f"{key}.parameter": value.detach() for key, value in others}
 
 
 def activation_quantizers(student: nn.Module) -> dict[str, Quantizer]:

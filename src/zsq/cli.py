@@ -16,7 +16,7 @@ from rich.table import Table
 
 from zsq import __version__
 from zsq.errors import BadInput, ZsqError
-from zsq.options import QuantOptions, RunOptions, TeacherOptions, layer_bits, recipe_options
+from zsq.options import AnalysisOptions, QuantOptions, RunOptions, TeacherOptions, layer_bits, recipe_options
 from zsq.usage import explain
 
 DEFAULT_RECIPE = "ait"
@@ -211,6 +211,23 @@ def export(run: Path, *, target: Literal["ort", "openvino", "torch"] = "ort", ou
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"zsq: {result['warning']}", markup=False)
     shown = result if json else {key: value for key, value in result.items() if key not in ("lsb", "warning")}
     show(shown, as_json=json, title=f"{run}: {result['file']}")
+
+
+@app.command
+def analyse(run: Path, *, how: AnalysisOptions | None = None) -> None:
+    """Explain a finished run: raw values and figures go into RUN/analysis.
+
+    Args:
+        run: a finished run directory.
+        how: what to measure, how finely, and on which images.
+    """
+    from zsq import pipeline
+    from zsq.analysis import analyse as measure
+
+    how = how or AnalysisOptions()
+    found = measure(run, **how.arguments(), device=pipeline.resolve_device(how.device))
+    rows = {f"{name}: {key}": value for name, result in found.items() for key, value in result.items()}
+    show(found if how.json else rows, as_json=how.json, title=str(run))
 
 
 @app.command(name="list")

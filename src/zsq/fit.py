@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from zsq.errors import BadInput
 from zsq.insert import activation_quantizers, freeze_ranges, observe_ranges
 from zsq.run import Run
-from zsq.sources.base import Batch, Source
+from zsq.sources.base import Batch, Source, prepare
 from zsq.stage import Stateful
 from zsq.view import View, look
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from zsq.teachers import Teacher
 
 StudentLoss: TypeAlias = Callable[[View, View, Batch], Mapping[str, Tensor]]
+Gradient: TypeAlias = Callable[[Batch, float], Mapping[str, Tensor]]
 
 
 class Schedule(Stateful, Protocol):
@@ -55,6 +57,7 @@ def calibrate(
     if observed < 1 and activation_quantizers(student):
         fix = "Without one, activation ranges are unknown."
         raise BadInput(f"stage {stage}", expected="at least one observed batch", got=f"{observed}", fix=fix)
+    prepare(source, run)
     student.eval()
     observe_ranges(student)
     for step in run.steps(stage, steps, student=student, source=source):
@@ -70,7 +73,7 @@ def fit(
     student: nn.Module,
     teacher: Teacher,
     source: Source,
-    loss: StudentLoss,
+    loss: StudentLoss | None,
     optimizer: torch.optim.Optimizer,
     *,
     steps: int,
@@ -82,6 +85,7 @@ def fit(
     micro_batch: int | None = None,
     history_of: Callable[[], Mapping[str, Any]] | None = None,
     precision: Literal["float32", "bf16"] = "float32",
+    gradient: Gradient | None = None,
 ) -> None:
     """Distil the teacher into the student on the source's images.
 
@@ -92,7 +96,7 @@ def fit(
         teacher: the float network; asked only where the batch does not bring its view along.
         source: read once per step; it may learn.
         loss: student's view, teacher's view (detached) and batch to named terms, which are summed. Each term is a mean
-            over the batch.
+            over the batch. None if `gradient` is given.
         optimizer: of the student's parameters.
         steps: number of updates.
         run: logs, saves and resumes.
@@ -104,6 +108,8 @@ def fit(
         history_of: gives the tensors of one history snapshot.
         precision: bf16 runs the student's convolutions and linear layers in bfloat16; quantizers and losses stay
             float32.
+        gradient: takes the place of forward, loss and backward: given a part of a batch and its share, adds the share's
+            gradient to the student's parameters and returns the part's terms.
 
     Raises:
         BadInput: if the optimizer does not own the student's parameters, or an argument is out of range.
@@ -111,6 +117,8 @@ def fit(
         Interrupted: if a signal stopped the run.
     """
     _check(student, optimizer, micro_batch, precision)
+    add_gradient = gradient or partial(_loss_gradient, student, teacher.net, loss, features, precision)
+    prepare(source, run)
     student.eval()
     objects: dict[str, Stateful] = {"student": student, "source": source, "optimizer": optimizer}
     objects |= {f"scheduler{i}": schedule for i, schedule in enumerate(schedulers)}
@@ -121,18 +129,32 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         for part, share in _parts(batch, micro_batch):
-            target = _teacher_view(teacher.net, part, features)
-            with torch.enable_grad():
-                seen = _student_view(student, part.images, features, precision)
-                found = loss(seen, target, part)
-                (share * torch.stack(list(found.values())).sum()).backward()
-            for name, term in found.items():
+            for name, term in add_gradient(part, share).items():
                 terms[name] = terms.get(name, 0.0) + share * term.detach()
         optimizer.step()
         for schedule in schedulers:
             schedule.step()
         run.log(**terms, **_distinct(source, terms))
     optimizer.zero_grad(set_to_none=True)
+
+
+def _loss_gradient(
+    student: nn.Module,
+    teacher: nn.Module,
+    loss: StudentLoss | None,
+    features: Sequence[str],
+    precision: str,
+    part: Batch,
+    share: float,
+) -> Mapping[str, Tensor]:
+    """One forward of each network, the loss, one backward."""
+    if loss is None:
+        raise ValueError("fit: expected a loss or a gradient, got neither")
+    target = _teacher_view(teacher, part, features)
+    with torch.enable_grad():
+        found = loss(_student_view(student, part.images, features, precision), target, part)
+        (share * torch.stack(list(found.values())).sum()).backward()
+    return found
 
 
 def _check(student: nn.Module, optimizer: torch.optim.Optimizer, micro_batch: int | None, precision: str) -> None:

@@ -10,16 +10,16 @@ from zsq.errors import BadInput
 
 _LARGEST_EMBEDDED = 64  # pixels; above it GDFQ conditions through the BatchNorms instead of the latent
 # Published value of both hidden BatchNorms: an argument slip in the original, but it changes the function.
-_HIDDEN_EPS = 0.8
+HIDDEN_EPS = 0.8
 
 
-def _lookup(table: Tensor, labels: Tensor) -> Tensor:
-    """Rows of a [k, d] table: by class number (int64 [b]), or mixed by soft labels ([b, k])."""
+def lookup(table: Tensor, labels: Tensor) -> Tensor:
+    """Give rows of a [k, d] table: by class number (int64 [b]), or mixed by soft labels ([b, k])."""
     return labels.to(table.dtype) @ table if labels.is_floating_point() else F.embedding(labels, table)
 
 
-def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    # No buffers: always the statistics of this batch, so sampling changes no state.
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalise with the statistics of this batch, always: without buffers, sampling changes no state."""
     if weight is None and x.dtype == torch.bfloat16:  # float32 parameters keep the statistics in float32
         weight, bias = x.new_ones(x.shape[1], dtype=torch.float32), x.new_zeros(x.shape[1], dtype=torch.float32)
     return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
@@ -68,9 +68,14 @@ class BatchStatsNorm(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Normalise [b, channels, h, w]; labels are int64 [b] or soft [b, classes], and unused without classes."""
         if self.weight.dim() == 1:
-            return _batch_norm(x, self.weight, self.bias, self.eps)
-        scale, offset = (_lookup(table, labels)[:, :, None, None].to(x.dtype) for table in (self.weight, self.bias))
-        return torch.addcmul(offset, _batch_norm(x, None, None, self.eps), scale)
+            return batch_norm(x, self.weight, self.bias, self.eps)
+        return self.affine(batch_norm(x, None, None, self.eps), labels)
+
+    def affine(self, normalised: Tensor, labels: Tensor) -> Tensor:
+        """Apply only the scales and offsets of the classes; for readers that share one normalised tensor."""
+        tables = (self.weight, self.bias)
+        scale, offset = (lookup(table, labels)[:, :, None, None].to(normalised.dtype) for table in tables)
+        return torch.addcmul(offset, normalised, scale)
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, eps={self.eps}"
@@ -124,9 +129,9 @@ class ConditionalGenerator(nn.Module):
             self.linear = nn.Linear(latent, 128 * (height // 4) * (width // 4))
             self.norm0 = BatchStatsNorm(128, classes=per_class)
             self.conv1 = UpConv(128, 128)
-            self.norm1 = BatchStatsNorm(128, eps=_HIDDEN_EPS, classes=per_class)
+            self.norm1 = BatchStatsNorm(128, eps=HIDDEN_EPS, classes=per_class)
             self.conv2 = UpConv(128, 64)
-            self.norm2 = BatchStatsNorm(64, eps=_HIDDEN_EPS, classes=per_class)
+            self.norm2 = BatchStatsNorm(64, eps=HIDDEN_EPS, classes=per_class)
             self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
 
     def _check(self) -> None:
@@ -149,7 +154,7 @@ class ConditionalGenerator(nn.Module):
 
     def embed(self, z: Tensor, labels: Tensor) -> Tensor:
         """Give the input of the first linear layer, shape [b, latent]."""
-        return z if self.embedding is None else _lookup(self.embedding.weight, labels) * z
+        return z if self.embedding is None else lookup(self.embedding.weight, labels) * z
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """Make images.
@@ -170,7 +175,7 @@ class ConditionalGenerator(nn.Module):
             x = F.leaky_relu(norm(conv(x), labels), 0.2, inplace=True)
         x = self.conv3(x)
         # Half precision ends here: its rounding would show as banding in the image.
-        return _batch_norm((x if x.dtype == torch.float64 else x.float()).tanh(), None, None, 1e-5)
+        return batch_norm((x if x.dtype == torch.float64 else x.float()).tanh(), None, None, 1e-5)
 
 
 def _nearest(size: int, up: int) -> int:

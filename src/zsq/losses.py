@@ -25,15 +25,17 @@ def kl(
     *,
     temperature: float = 20.0,
     reduction: Literal["mean", "batchmean"] = "mean",
+    through_teacher: bool = False,
 ) -> Tensor:
     """Distillation loss T^2 * KL(teacher || student) on temperature-softened probabilities; classes on dimension 1.
 
     Args:
         student_logits: shape [b, k] or [b, k, ...].
-        teacher_logits: the same shape; detached here.
+        teacher_logits: the same shape; detached here unless `through_teacher`.
         temperature: T, above zero.
         reduction: ``"mean"`` averages over all entries, classes included, as the GDFQ family's code does; it is k times
             smaller than ``"batchmean"``, which sums over classes and averages over samples (and positions).
+        through_teacher: let the gradient flow into the teacher's logits too (to the image they were computed from).
 
     Returns:
         0-dim tensor.
@@ -60,7 +62,7 @@ def kl(
     if reduction not in ("mean", "batchmean"):
         raise BadInput("reduction", expected="'mean' or 'batchmean'", got=repr(reduction), fix="Choose one of the two.")
     student = F.log_softmax(_wide(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(_wide(teacher_logits.detach()) / temperature, dim=1)
+    teacher = F.log_softmax(_wide(teacher_logits if through_teacher else teacher_logits.detach()) / temperature, dim=1)
     total = F.kl_div(student, teacher, reduction="sum", log_target=True)
     entries = student.numel() if reduction == "mean" else student.numel() // student.shape[1]
     return total * (temperature**2 / entries)
@@ -138,3 +140,144 @@ def bn_gap(norms: Sequence[Moments]) -> Tensor:
     stored = torch.cat([norm.running_mean for norm in norms] + [norm.running_var for norm in norms])
     weights = _layer_weights(tuple(norm.mean.numel() for norm in norms), seen.device, seen.dtype)
     return (seen - stored).square().mul(weights).sum()
+
+
+def statistics_gap(layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Distance between the statistics of every single image and given ones, summed over layers and channels.
+
+    (1/N) sum_n sum_l [ ||mean - mean_nl||^2 + ||std - std_nl||^2 ], std_nl = sqrt(unbiased variance + 1e-6).
+
+    Args:
+        layers: (values [n, c, ...], mean [c], std [c]) per layer; layers of one position are left out.
+
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        BadInput: no layer has positions.
+
+    Source: ZeroQ (arXiv 2001.00281), the released code; the paper speaks of the statistics of all images.
+    """
+    gaps = []
+    for values, mean, std in layers:
+        if values.dim() < 3 or values[0, 0].numel() < 2:
+            continue
+        var, seen = torch.var_mean(_wide(values).flatten(2), 2)
+        gaps.append((mean - seen).square().sum(1) + (std - (var + 1e-6).sqrt()).square().sum(1))
+    if not gaps:
+        raise BadInput("BatchNorm statistics", expected="a network with BatchNorm layers behind convolutions",
+                       got="none", fix="Use a recipe that does not need them.")  # fmt: skip
+    return torch.stack(gaps).sum(0).mean()
+
+
+def hard_sample(logits: Tensor, labels: Tensor | None, *, gamma: float) -> Tensor:
+    """Cross entropy that hard images dominate: mean of (1 - p)^gamma * (-log p), p the probability of the label.
+
+    Args:
+        logits: shape [b, k].
+        labels: int64 [b].
+        gamma: from 0 (plain cross entropy); gradients are finite below 1 too, also where p rounds to 1.
+
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        BadInput: there are no labels.
+
+    Source: HAST (arXiv 2303.13826), hard-sample synthesis; the form of the released code, without its factor.
+
+    Example:
+        >>> float(hard_sample(torch.tensor([[100.0, 0.0]]), torch.tensor([0]), gamma=0.5))
+        0.0
+    """
+    log_p = _label_log_probability(logits, labels)
+    # The power's slope is infinite at p = 1 for gamma < 1: below the bound the clamp passes no gradient.
+    return ((-torch.expm1(log_p)).clamp_min(1e-6) ** gamma * -log_p).mean()
+
+
+def difficulty(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Mean of 1 - p, p the probability of the label (HAST, arXiv 2303.13826).
+
+    Args:
+        logits: shape [b, k].
+        labels: int64 [b].
+
+    Raises:
+        BadInput: there are no labels.
+    """
+    return -torch.expm1(_label_log_probability(logits, labels)).mean()
+
+
+def inception(logits: Tensor, labels: Tensor | None, targets: Tensor) -> Tensor:
+    """Mean of (p - t)^2, p the probability of the label: as sure as asked for, not surer.
+
+    Args:
+        logits: shape [b, k].
+        labels: int64 [b].
+        targets: the t of each image, shape [b].
+
+    Raises:
+        BadInput: there are no labels.
+
+    Source: IntraQ (arXiv 2111.09136), soft inception loss as released.
+    """
+    return (_label_log_probability(logits, labels).exp() - targets).square().mean()
+
+
+def marginal_distance(
+    features: Tensor, labels: Tensor, centres: Tensor, known: Tensor, *, low: float, high: float
+) -> Tensor:
+    """Keep the cosine distance of each image to its class centre between two margins.
+
+    Args:
+        features: shape [b, f].
+        labels: int64 [b].
+        centres: mean feature of each class, shape [k, f].
+        known: whether a class has a centre, bool [k]; images of the others count nothing.
+        low: smallest distance without penalty.
+        high: largest distance without penalty.
+
+    Returns:
+        0-dim tensor; 0 without any centre.
+
+    Source: IntraQ (arXiv 2111.09136), marginal distance constraint.
+    """
+    distance = 1 - F.cosine_similarity(_wide(features), centres[labels], dim=1)
+    weight = known[labels].to(distance.dtype)
+    gap = (low - distance).clamp_min(0) + (distance - high).clamp_min(0)
+    return (weight * gap).sum() / (weight.sum() + 1e-6)
+
+
+def attention_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Distance of channel attention, summed over units; gradients flow into both networks.
+
+    Channel attention of an image: e_c = mean over positions of z_c^2, a = e / ||e||_2. Per unit the mean of (a - a')^2.
+
+    Args:
+        student: outputs of the units, each [b, c, ...].
+        teacher: the same units of the teacher, in the same order.
+
+    Returns:
+        0-dim tensor.
+
+    Source: HAST (arXiv 2303.13826), feature alignment as released (channels, not positions).
+
+    Example:
+        >>> z = torch.rand(2, 3, 4, 4)
+        >>> float(attention_gap([z], [3 * z])) < 1e-12
+        True
+    """
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([(_attention(s) - _attention(t)).square().mean() for s, t in pairs]).sum()
+
+
+def _attention(z: Tensor) -> Tensor:
+    energy = _wide(z).square()
+    return F.normalize(energy.flatten(2).mean(2) if z.dim() > 2 else energy, dim=1)
+
+
+def _label_log_probability(logits: Tensor, labels: Tensor | None) -> Tensor:
+    if labels is None:
+        raise BadInput("class of an image", expected="a label per image", got="a source of images without labels",
+                       fix="Use images that have labels, or a method that needs none.")  # fmt: skip
+    return F.log_softmax(_wide(logits), dim=1).gather(1, labels[:, None]).squeeze(1)

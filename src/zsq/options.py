@@ -143,6 +143,37 @@ class RunOptions:
     json: Annotated[bool, Parameter(negative=())] = False
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class AnalysisOptions:
+    """What to measure, how finely, and on which images.
+
+    Attributes:
+        what: the instrument: CE-KL gradient cosine, Hessian trace, loss landscape, flips of integer weights, or all.
+        images: real images as a control arm beside the synthetic ones, e.g. npz:FILE[a:b] (pixels only).
+        preset: quick (minutes on a CPU) or full (a GPU job).
+        count: images per arm; the preset's if not given.
+        probes: probes of the Hessian trace, at most; the preset's if not given.
+        points: points per side of the loss surface, odd; the preset's if not given.
+        device: where to compute.
+        json: print one JSON object instead of a table.
+    """
+
+    what: Literal["cosine", "trace", "landscape", "flips", "all"] = "all"
+    images: str | None = None
+    preset: Literal["quick", "full"] = "quick"
+    count: Annotated[int | None, Whole] = None
+    probes: Annotated[int | None, Whole] = None
+    points: Annotated[int | None, Whole] = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    json: Annotated[bool, Parameter(negative=())] = False
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `zsq.analyse`, except the device."""
+        names = ("what", "images", "preset", "count", "probes", "points")
+        return {name: getattr(self, name) for name in names}
+
+
 def recipe_options(recipe: Callable[..., Any]) -> type:
     """A group with the options that only this recipe has, read from its signature and docstring.
 

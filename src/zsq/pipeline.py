@@ -26,7 +26,7 @@ from zsq.teachers import Teacher
 
 if TYPE_CHECKING:
     from zsq.data import LabelledData
-    from zsq.sources.base import Source
+    from zsq.sources.base import Batch, Source
 
 HELD_OUT = 1024  # images of the run's source that the agreement is measured on
 
@@ -69,7 +69,8 @@ def produce(
     spec, options = spec or QuantSpec(), dict(options or {})
     started = time.monotonic()
     outcome = run_recipe(teacher, run, recipe=recipe, spec=spec, images=images, options=options)
-    held_out = outcome.source.sample(HELD_OUT, run.rng("held-out", 0)).images
+    sample = outcome.source.sample(HELD_OUT, run.rng("held-out", 0))
+    held_out = sample.images
     agreed = agreement(outcome.student, teacher.net, held_out)
     probed = agreement(outcome.student, teacher.net, probe_pool(teacher))
     summary = {
@@ -93,7 +94,7 @@ def produce(
     }
     if run.path is not None:
         write_student(run.path, outcome.student, spec, outcome.report.to_json())
-        save_tree(run.path / "images.safetensors", {"images": held_out})
+        save_tree(run.path / "images.safetensors", saved_images(sample))
     if data is not None:
         summary |= scores(teacher, outcome.student, data)
     if run.path is not None:  # last: a directory with a summary is a finished one
@@ -163,6 +164,13 @@ def rehearse(
     """
     with _Rehearsal(None, seed=seed, device=teacher.device, progress=False) as run:
         run_recipe(teacher, run, recipe=recipe, spec=spec, images=images, options=options)
+
+
+def saved_images(sample: Batch) -> dict[str, Tensor]:
+    """What images.safetensors holds: images, and the labels they were made for, where there are any."""
+    if sample.labels is None:
+        return {"images": sample.images}
+    return {"images": sample.images, "labels" if sample.labels.dtype == torch.int64 else "soft_labels": sample.labels}
 
 
 def agreement_facts(agreed: Agreement, probed: Agreement, inputs: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -83,19 +83,26 @@ def settle(*tables: Mapping[str, Any], **given: Any) -> SimpleNamespace:
     return SimpleNamespace(**merged)
 
 
-def feed(images: Source | None, make: Callable[[], Source], *, batch: int) -> Source:
+def feed(
+    images: Source | None, make: Callable[[], Source], *, batch: int, say: Callable[[str], None] | None = None
+) -> Source:
     """Give the source of a recipe: the caller's images if there are any, else its own.
 
     Args:
         images: another source, or None.
         make: makes the recipe's own.
         batch: images per draw that the recipe settled on; the caller's source then draws as many.
+        say: is told what a step of the recipe's own source costs, where it knows.
 
     Raises:
         BadInput: for an empty batch.
     """
     if images is None:
-        return make()
+        made = make()
+        about = getattr(made, "about", "")
+        if say is not None and about:
+            say(about)
+        return made
     if batch < 1:
         raise BadInput("--batch", expected="at least 1 image", got=batch, fix="Choose a larger batch.")
     images.batch = batch
@@ -150,3 +157,57 @@ def generator_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
         else {"warmup": 10_000, "steps": 70_000, "batch": 16},
     }
     return dict(choose("--budget", name, table))
+
+
+def noise_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
+    """Images, steps and batch of the recipes that optimise a pool from noise and train on it (IntraQ, HAST).
+
+    `paper` is the published schedule: 5,120 images of 1,000 iterations, 4 epochs of 200 iterations for the ranges and
+    147 for the student. The other two are ours.
+
+    Args:
+        name: "quick", "standard" or "paper".
+        image: (c, h, w) of the teacher's input.
+
+    Returns:
+        ``count`` (images), ``iterations`` (per image), ``group`` (images optimised together), ``warmup`` (batches for
+        the ranges), ``steps`` (student updates), ``batch``.
+
+    Raises:
+        BadInput: for an unknown budget.
+
+    Source: IntraQ and HAST, released configurations.
+    """
+    small = max(image[1:]) <= 64
+    table = {
+        "quick": {"count": 512, "iterations": 150, "warmup": 300, "steps": 300, "batch": 64 if small else 16},
+        "standard": {"count": 2048, "iterations": 250, "warmup": 600, "steps": 1500, "batch": 64 if small else 16},
+        "paper": {"count": 5120, "iterations": 1000, "warmup": 800, "steps": 29_400, "batch": 256 if small else 16},
+    }
+    return {"group": 256 if name == "paper" else 288, **choose("--budget", name, table)}
+
+
+def size_class(classes: int, image: tuple[int, int, int]) -> str:
+    """Which column of the noise papers' tables is nearest: "cifar10", "cifar100" or "imagenet".
+
+    Args:
+        classes: number of classes.
+        image: (c, h, w) of the teacher's input.
+
+    Example:
+        >>> size_class(10, (1, 8, 8)), size_class(100, (3, 32, 32)), size_class(10, (3, 224, 224))
+        ('cifar10', 'cifar100', 'imagenet')
+    """
+    if max(image[1:]) > 64:
+        return "imagenet"
+    return "cifar10" if classes <= 30 else "cifar100"
+
+
+def milestones_at(shares: Sequence[float], steps: int) -> tuple[int, ...]:
+    """Step numbers, at least 1 each, at these shares of a run.
+
+    Example:
+        >>> milestones_at((0.5, 0.75), 300)
+        (150, 225)
+    """
+    return tuple(max(1, round(share * steps)) for share in shares)

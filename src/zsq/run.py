@@ -132,6 +132,10 @@ class Run:
         digest = hashlib.blake2b(f"{self.seed}\0{stage}\0{step}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
+    def note(self, text: str) -> None:
+        """Show a line beside the progress bar; it is not recorded."""
+        self._progress.note(text)
+
     def log(self, **terms: Tensor | float) -> None:
         """Note loss terms of the current step; may be called several times per step.
 

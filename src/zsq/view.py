@@ -16,6 +16,7 @@ from zsq.errors import BadInput
 
 # Elements handled at a time: 1 MB of float32 stays in a CPU's cache between the sum and the sum of squares.
 _BLOCK = 1 << 18
+INPUT = ":input"  # behind a module's name: what it is given, instead of what it returns
 
 
 class Moments(NamedTuple):
@@ -150,6 +151,14 @@ def _observe_output(name: str, found: dict[str, Tensor]) -> Callable[..., None]:
     return hook
 
 
+def _observe_input(name: str, found: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            found[name] = args[0]
+
+    return hook
+
+
 def look(net: nn.Module, x: Tensor, *, norms: bool = False, features: Sequence[str] = ()) -> View:
     """Run the network once and record what happened inside. Hooks are removed afterwards, also after an error.
 
@@ -157,8 +166,8 @@ def look(net: nn.Module, x: Tensor, *, norms: bool = False, features: Sequence[s
         net: any network that returns one tensor. Its mode and its parameters' ``requires_grad`` are used as they are.
         x: shape [b, c, h, w] (whatever the network takes).
         norms: record mean and variance of the input of every BatchNorm that has running statistics.
-        features: names of modules (as in ``net.named_modules()``) whose outputs are wanted; of a module that runs
-            several times, the last output.
+        features: names of modules (as in ``net.named_modules()``) whose outputs are wanted, or ``NAME:input`` for what
+            the module was given; of a module that runs several times, the last one.
 
     Returns:
         The view; everything in it carries gradients if the ambient mode records them.
@@ -181,10 +190,14 @@ def look(net: nn.Module, x: Tensor, *, norms: bool = False, features: Sequence[s
         if features:
             modules = dict(net.named_modules())
             for name in features:
-                if name not in modules:
-                    near = difflib.get_close_matches(name, modules, n=3, cutoff=0) or list(modules)
+                path = name.removesuffix(INPUT)
+                if path not in modules:
+                    near = difflib.get_close_matches(path, modules, n=3, cutoff=0) or list(modules)
                     raise BadInput("feature", expected="the name of a module", got=repr(name), fix=f"Nearest: {near}.")
-                hooks.callback(modules[name].register_forward_hook(_observe_output(name, found)).remove)
+                if path != name:
+                    hooks.callback(modules[path].register_forward_pre_hook(_observe_input(name, found)).remove)
+                else:
+                    hooks.callback(modules[name].register_forward_hook(_observe_output(name, found)).remove)
         logits = net(x)
     if not isinstance(logits, Tensor):
         raise BadInput(

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zsq import recipes
 from zsq.generators import ConditionalGenerator
 from zsq.losses import bn_gap, cross_entropy
+from zsq.run import Run
 from zsq.sources.base import Batch, Source
+from zsq.sources.crops import CropSource
 from zsq.sources.generator import GeneratorSource, Latents
+from zsq.sources.noise_pool import NoiseSource
 from zsq.sources.pool import PoolSource
 from zsq.teachers import Teacher
 from zsq.view import View
@@ -44,12 +48,30 @@ def from_pool(teacher: Teacher) -> Source:
     return PoolSource(images, labels, name="pool", batch=BATCH, held_out=32)
 
 
+def of_recipe(recipe: str, teacher: Teacher, **options: Any) -> Source:
+    source: Source = recipes.module(recipe).source(teacher, batch=BATCH, milestones=(2,), **options)
+    return source
+
+
+def from_noise(teacher: Teacher) -> Source:
+    source = NoiseSource(teacher, lambda _: loss, name="noise", batch=BATCH, count=80, iterations=2, group=45, lr=0.1,
+                         schedule="cosine")  # fmt: skip
+    with Run(None, progress=False) as run:
+        source.prepare(run)
+    return source
+
+
 FACTORIES: dict[str, Callable[[Teacher], Source]] = {
     "generator": from_generator,
     "generator-conditional": lambda teacher: from_generator(teacher, conditional=True),
     "generator-float32": lambda teacher: from_generator(teacher, precision="float32"),
     "generator-soft": lambda teacher: from_generator(teacher, latents=soft_latents),
+    "qimera": lambda teacher: of_recipe("qimera", teacher, superposed=0.5),
+    "qimera-official": lambda teacher: of_recipe("qimera", teacher, fidelity="official", superposed=1.0),
+    "autorecon": lambda teacher: of_recipe("autorecon", teacher),
     "pool": from_pool,
+    "pool-cropped": lambda teacher: CropSource(from_pool(teacher), scale=(0.5, 1.0)),
+    "noise": from_noise,
 }
 
 

@@ -6,6 +6,7 @@ loss, which ignores the labels, and its optimiser step, which gradient inundatio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +21,12 @@ from zsq.insert import QuantSpec, codes_and_latents, quantize, quantized_weights
 from zsq.inundation import GradientInundation
 from zsq.presets import RANGES, Outcome, choose, feed, generator_budget, settle, student_milestones
 from zsq.quantizer import LiveMinMax
+from zsq.recipes.autorecon import source as autorecon_source
 from zsq.recipes.gdfq import source as gdfq_source
+from zsq.recipes.hast import source as hast_source
+from zsq.recipes.intraq import source as intraq_source
+from zsq.recipes.qimera import source as qimera_source
+from zsq.recipes.zeroq import source as zeroq_source
 from zsq.run import Run
 from zsq.sources.base import Batch, Source
 from zsq.teachers import Teacher
@@ -28,7 +34,14 @@ from zsq.view import View
 
 PAPER = "Choi et al., CVPR 2022, arXiv 2203.17008"
 PARTS = "images of --base | live min/max weights, percentile activations | KL | gradient inundation"
-BASES = {"gdfq": gdfq_source}
+BASES: dict[str, Callable[..., Source]] = {
+    "gdfq": gdfq_source,
+    "qimera": qimera_source,
+    "autorecon": autorecon_source,
+    "hast": hast_source,
+    "intraq": intraq_source,
+    "zeroq": zeroq_source,
+}
 EPOCH = 1 / 400  # the first student epoch, in which the official search stops at 128 times the step
 
 FIDELITY: dict[str, dict[str, Any]] = {
@@ -67,7 +80,7 @@ def ait(
         run: where progress, checkpoints and results go.
         spec: bits, placement, patterns; the ranges are this recipe's.
         images: another source in place of `base`.
-        base: whose images: gdfq.
+        base: whose images: gdfq, qimera or autorecon (generators), hast, intraq or zeroq (a pool made first).
         budget: quick, standard or paper.
         fidelity: best, paper or official.
         steps: student updates; the budget's if not given.
@@ -100,22 +113,24 @@ def ait(
     | cap on the factor | none | 128 in the first student epoch | none; official as released | nothing diverges without it | tests/unit/test_inundation.py |
     | flip rate decay | not stated | x 0.1 three times | x 0.1 three times; option | as executed | tests/unit/test_inundation.py |
     | momentum buffer | gradients are manipulated | unscaled | unscaled | as executed | tests/unit/test_inundation.py |
-    | ImageNet flip rate, AutoReCon base | not stated | 1e-3 by a parser default | 1e-4 as the other bases | the commented code says 1e-4 | tests/unit/test_ait.py |
+    | classes per image, Qimera base | not stated | 2, 25 (100 classes), 250 or 100 (ImageNet) | those of qimera | one table; any number by --recipe qimera | tests/unit/test_qimera.py |
+    | ImageNet flip rate, AutoReCon base | not stated | 1e-3 by a parser default | 1e-4 as the other bases; 1e-3 (official) | the commented code says 1e-4 | tests/unit/test_autorecon.py |
     """
     small = max(teacher.image[1:]) <= 64
     plan = settle(
         generator_budget(budget, teacher.image),
         choose("--fidelity", fidelity, FIDELITY),
-        {"flip_rate": 1e-3 if small else 1e-4},
+        {"flip_rate": 1e-3 if small or (base, fidelity) == ("autorecon", "official") else 1e-4},
         steps=steps, warmup=warmup, batch=batch, lr=lr, weight_decay=weight_decay, temperature=temperature,
         kl_reduction=kl_reduction, ranges=ranges, inundation=inundation, flip_rate=flip_rate, flip_decay=flip_decay, base=base,
     )  # fmt: skip
     later = student_milestones(plan.steps, teacher.image)
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LiveMinMax, act=RANGES[plan.ranges]))
     make = partial(
-        choose("--base", base, BASES), teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later)
-    )
-    batches = feed(images, make, batch=plan.batch)
+        choose("--base", base, BASES), teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later),
+        fidelity=fidelity,
+    )  # fmt: skip
+    batches = feed(images, make, batch=plan.batch, say=run.note)
 
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 

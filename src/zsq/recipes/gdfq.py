@@ -37,14 +37,16 @@ FIDELITY: dict[str, dict[str, Any]] = {
 
 
 def source(
-    teacher: Teacher, *, batch: int, milestones: tuple[int, ...], bn_weight: float = 0.1, lr: float = 1e-3
-) -> GeneratorSource:
+    teacher: Teacher, *, batch: int, milestones: tuple[int, ...], fidelity: str = "best", bn_weight: float = 0.1,
+    lr: float = 1e-3,
+) -> GeneratorSource:  # fmt: skip
     """The GDFQ generator: cross-entropy plus 0.1 times the BatchNorm-statistics gap (gdfq.md, section 3, steps 1 to 5).
 
     Args:
         teacher: needs BatchNorm layers.
         batch: images per step.
         milestones: steps at which the learning rate decays by 0.1.
+        fidelity: of other generators of the family; this one is the same in all three.
         bn_weight: weight of the statistics term.
         lr: of Adam, betas (0.5, 0.999).
     """

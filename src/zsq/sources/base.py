@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from zsq.view import View
+
+if TYPE_CHECKING:
+    from zsq.run import Run
 
 
 class Batch(NamedTuple):
@@ -54,3 +57,21 @@ class Source(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A source that has work to do before its first draw, as a stage of its own.
+
+    `calibrate` and `fit` ask for it, so that recipes need not know which of their sources do.
+    """
+
+    def prepare(self, run: Run) -> None:
+        """Do the work; at once if it is done."""
+        ...
+
+
+def prepare(source: Source, run: Run) -> None:
+    """Let a source do what it has to do before its first draw; nothing for most."""
+    if isinstance(source, Prepared):
+        source.prepare(run)

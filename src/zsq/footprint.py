@@ -1,0 +1,145 @@
+"""What a generator step and a student step will cost, known before either is taken: arithmetic and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from zsq.errors import BadInput
+from zsq.sources.generator import autocast, learning
+from zsq.view import frozen
+
+if TYPE_CHECKING:
+    from zsq.sources.generator import LatentSampler
+    from zsq.teachers import Teacher
+
+_GENERATOR = 18  # bytes per parameter: float32 weight, gradient, two moments of Adam, and a bfloat16 copy
+_STUDENT = 16  # weight, quantized weight, gradient, momentum
+_STUDENT_MAPS = 3  # maps a quantized layer keeps for each one its float layer keeps, in float32
+_SLACK = 1.25  # work space of the kernels, gradients of the maps, fragmentation
+
+
+class Footprint(NamedTuple):
+    """Cost of one forward with gradients.
+
+    Attributes:
+        macs: multiply-accumulates per image.
+        parameters: number of parameters.
+        kept: bytes kept for the backward pass, per image.
+    """
+
+    macs: int
+    parameters: int
+    kept: int
+
+
+def footprint(net: nn.Module, *inputs: Tensor) -> Footprint:
+    """Run a network once and count. On the meta device nothing is computed, and no memory is taken.
+
+    Args:
+        net: the network.
+        inputs: its inputs, with the images on dimension 0 of the first.
+
+    Returns:
+        Counts per image; parameters and buffers that the backward pass reads are not among what it keeps.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in [*net.parameters(), *net.buffers()]}
+    kept: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            # The tensor stays referenced: another one cannot take its place in memory.
+            kept[storage._cdata] = (tensor, storage.nbytes())
+        return tensor
+
+    with FlopCounterMode(display=False) as flops, saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(*inputs)
+    count = len(inputs[0])
+    total = sum(size for _, size in kept.values())
+    return Footprint(flops.get_total_flops() // (2 * count), sum(p.numel() for p in net.parameters()), total // count)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def require_generator_memory(
+    teacher: Teacher, build: Callable[[], nn.Module], latents: LatentSampler, *, batch: int
+) -> str:
+    """Refuse a generator step that will not fit.
+
+    Args:
+        teacher: what the images go through.
+        build: makes the generator; called on the meta device, where it takes no memory.
+        latents: what it is fed with.
+        batch: images per step.
+
+    Returns:
+        What a step costs, in words.
+
+    Raises:
+        BadInput: naming ``--batch``, if less memory is available than the step needs.
+    """
+    inputs, _ = latents(2, torch.Generator())
+    half = [(x.bfloat16() if x.is_floating_point() else x).to("meta") for x in inputs]
+    with torch.device("meta"):
+        generator = build().bfloat16()  # as the step runs it
+    made = footprint(generator, *half)
+    each = made.kept + _teacher(teacher, precision="bf16").kept
+    what = f"a generator of {made.parameters / 1e6:.1f} M parameters, {made.macs / 1e9:.2f} GMAC per image"
+    needed = _require(teacher, what, fixed=_GENERATOR * made.parameters, each=each, images=batch, option="--batch")
+    return f"{what}; a step on {batch} images takes about {needed / 2**30:.1f} GiB"
+
+
+def require_student_memory(teacher: Teacher, *, batch: int, micro_batch: int | None) -> None:
+    """Refuse a student step that will not fit.
+
+    Args:
+        teacher: what the student is a copy of.
+        batch: images per step.
+        micro_batch: images per part of a step, if it is split.
+
+    Raises:
+        BadInput: naming ``--micro-batch``, if less memory is available than the step needs.
+    """
+    float_net = _teacher(teacher, precision="float32")
+    what = f"a student of {float_net.parameters / 1e6:.1f} M parameters, {float_net.macs / 1e9:.2f} GMAC per image"
+    _require(
+        teacher, what, fixed=_STUDENT * float_net.parameters, each=_STUDENT_MAPS * float_net.kept,
+        images=min(batch, micro_batch or batch), option="--micro-batch",
+    )  # fmt: skip
+
+
+def _teacher(teacher: Teacher, *, precision: str) -> Footprint:
+    """Measured on two images: networks of others need not run on the meta device."""
+    images = torch.zeros(2, *teacher.image, device=teacher.device, requires_grad=True)
+    with learning(), frozen(teacher.net), autocast(teacher.device, precision):
+        return footprint(teacher.net, images)
+
+
+def _require(teacher: Teacher, what: str, *, fixed: int, each: int, images: int, option: str) -> int:
+    """Bytes needed, if that many are there."""
+    free = available_memory(teacher.device)
+    needed = round(_SLACK * (fixed + each * images))
+    if free is None or needed <= free:
+        return needed
+    room = math.floor((free / _SLACK - fixed) / max(each, 1))
+    least = 2 if option == "--batch" else 1  # a generator normalises over its batch
+    raise BadInput(
+        f"{option} {images}", expected=f"a step that fits into {free / 2**30:.1f} GiB, what {teacher.device} has left",
+        got=f"about {needed / 2**30:.1f} GiB for {what}",
+        fix=f"Use {option} {room} or less." if room >= least else "Free memory, or use another device: no batch fits.",
+    )  # fmt: skip
