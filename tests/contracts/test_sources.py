@@ -54,7 +54,7 @@ def of_recipe(recipe: str, teacher: Teacher, **options: Any) -> Source:
 
 
 def from_noise(teacher: Teacher) -> Source:
-    source = NoiseSource(teacher, lambda _: loss, name="noise", batch=BATCH, count=80, iterations=2, group=45, lr=0.1,
+    source = NoiseSource(teacher, lambda _: loss, name="noise", batch=BATCH, count=160, iterations=2, group=45, lr=0.1,
                          schedule="cosine")  # fmt: skip
     with Run(None, progress=False) as run:
         source.prepare(run)

@@ -117,8 +117,8 @@ def gradient_cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[
 
     Example:
         >>> a = [torch.tensor([1.0, 0.0]), torch.tensor([2.0])]
-        >>> gradient_cosine(a, [-3 * g for g in a])
-        ([-1.0, -1.0], -1.0)
+        >>> [round(value, 6) for value in gradient_cosine(a, [-3 * g for g in a])[0]]
+        [-1.0, -1.0]
     """
     pairs = [(a.double().flatten(), b.double().flatten()) for a, b in zip(first, second, strict=True)]
     rows = torch.stack([torch.stack([a @ b, a @ a, b @ b]) for a, b in pairs])

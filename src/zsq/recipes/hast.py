@@ -34,7 +34,7 @@ PARTS = "hard images from noise | live min/max weights, percentile activations |
 PUBLISHED = {"image_lr": 0.5, "schedule": "plateau", "lr": 1e-5, "ranges_from": "generator", "observe_last": None}
 FIDELITY: dict[str, dict[str, Any]] = {
     "best": {"image_lr": 0.2, "schedule": "cosine", "lr": 1e-5, "ranges_from": "pool", "observe_last": 50,
-             "ranges": "percentile", "promotion": "loss", "decay_at": (0.5, 0.75, 0.9)},
+             "ranges": "percentile", "promotion": "loss", "decay_at": [0.5, 0.75, 0.9]},
     "paper": {**PUBLISHED, "ranges": "ema", "promotion": "difficulty"},
     "official": {**PUBLISHED, "ranges": "official", "promotion": "loss"},
 }  # fmt: skip
@@ -144,7 +144,7 @@ def hast(
     small = kind != "imagenet"
     configured = {"batch": 64 if small else 4} if (budget, fidelity) == ("paper", "official") else {}
     plan = settle(
-        {"decay_at": (16 / 147, 36 / 147, 56 / 147) if small else (96 / 147,)},
+        {"decay_at": [16 / 147, 36 / 147, 56 / 147] if small else [96 / 147]},
         noise_budget(budget, teacher.image), configured, row, STATED[kind] if fidelity == "paper" else STATED["cifar10"],
         {} if small else {"lr": row["lr"] / 10},
         steps=steps, warmup=warmup, batch=batch, count=count, iterations=iterations, group=group, image_lr=image_lr,

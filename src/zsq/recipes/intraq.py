@@ -36,7 +36,7 @@ PARTS = "heterogeneous images from noise | live min/max weights, percentile acti
 PUBLISHED = {"image_lr": 0.5, "schedule": "plateau", "lr": 1e-4, "ranges_from": "generator", "observe_last": None}
 FIDELITY: dict[str, dict[str, Any]] = {
     "best": {"image_lr": 0.2, "schedule": "cosine", "lr": 1e-4, "ranges_from": "pool", "observe_last": 50,
-             "ranges": "percentile", "decay_at": (0.5, 0.75, 0.9)},
+             "ranges": "percentile", "decay_at": [0.5, 0.75, 0.9]},
     "paper": {**PUBLISHED, "ranges": "ema"},
     "official": {**PUBLISHED, "ranges": "official"},
 }  # fmt: skip
@@ -157,7 +157,7 @@ def intraq(
     row = choose("--fidelity", fidelity, FIDELITY)
     small = kind != "imagenet"
     plan = settle(
-        {"decay_at": (16 / 147, 36 / 147, 56 / 147) if small else (96 / 147,)},
+        {"decay_at": [16 / 147, 36 / 147, 56 / 147] if small else [96 / 147]},
         noise_budget(budget, teacher.image), row,
         margins(kind, fidelity),
         {} if small else {"lr": row["lr"] / 100},

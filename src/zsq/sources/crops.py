@@ -95,6 +95,7 @@ class CropSource:
 
     @batch.setter
     def batch(self, count: int) -> None:
+        """Images per draw."""
         self._source.batch = count
 
     def prepare(self, run: Run) -> None:
