@@ -110,7 +110,7 @@ class Run:
 
     @property
     def session_seconds(self) -> float:
-        """Seconds since this session began."""
+        """Seconds since this run was opened."""
         return time.monotonic() - self._opened
 
     @property

@@ -151,7 +151,7 @@ class RunDirectory:
                          "Add --resume to go on with that run, or choose another --run.")  # fmt: skip
 
     def _begin(self, config: Mapping[str, Any], *, seed: int, device: torch.device) -> None:
-        """Write down this session, and remove what a killed one left half done."""
+        """Write down this start, and remove what a killed one left half done."""
         file, session = self.path / "config.json", provenance(device)
         if file.exists():
             record = read_json(file)
