@@ -182,13 +182,13 @@ def test_fidelities() -> None:
     assert [plan["promotion"] for plan in (best, paper, official)] == ["loss", "difficulty", "loss"]
     assert [plan["image_lr"] for plan in (best, paper, official)] == [0.2, 0.5, 0.5]
     assert [plan["alignment"] for plan in (best, paper, official)] == [1000.0] * 3
-    assert paper["decay_at"] == official["decay_at"] == (16 / 147, 36 / 147, 56 / 147) != best["decay_at"]
+    assert paper["decay_at"] == official["decay_at"] == [16 / 147, 36 / 147, 56 / 147] != best["decay_at"]
     many = Teacher(nn.Sequential(*list(tiny_teacher().net)[:-1], nn.Linear(8, 100)), "many", "classify", 100, (1, 8, 8))
     many.net.eval().requires_grad_(False)
     assert short_run(many, fidelity="paper", steps=0).plan["epsilon"] == 0.02
     assert short_run(many, fidelity="official", steps=0).plan["alignment"] == 1000.0
     large = short_run(tiny_teacher(68), fidelity="paper", steps=0, batch=2).plan
-    assert (large["alignment"], large["decay_at"]) == (4000.0, (96 / 147,)) and large["lr"] == pytest.approx(1e-6)
+    assert (large["alignment"], large["decay_at"]) == (4000.0, [96 / 147]) and large["lr"] == pytest.approx(1e-6)
 
 
 def test_batch_of_the_published_schedule() -> None:

@@ -57,7 +57,7 @@ def test_published_numbers() -> None:
     assert margins("imagenet", "official") == {"target": 1.0, "low": 0.0, "high": 2.0}
     plan = short_run(fidelity="official", steps=0).plan
     assert (plan["lr"], plan["image_lr"], plan["ranges"], plan["ranges_from"]) == (1e-4, 0.5, "official", "generator")
-    assert plan["decay_at"] == (16 / 147, 36 / 147, 56 / 147)
+    assert plan["decay_at"] == [16 / 147, 36 / 147, 56 / 147]
     assert short_run(size=68, fidelity="official", steps=0, batch=2).plan["lr"] == pytest.approx(1e-6)
 
 
