@@ -1,6 +1,6 @@
 """Train the `digits` teacher: python scripts/train_digits.py [--validate] [--output FILE].
 
-Scikit-learn's 1,797 digits, 8x8 pixels. The held-out third (599 images, `zsq.data_files.digits_split`) is neither
+Scikit-learn's 1,797 digits, 8x8 pixels. The held-out third (599 images, `zsq.data.files.digits_split`) is neither
 trained on nor looked at before the end. With --validate a fifth of the training part is kept back and scored instead:
 settings are chosen on that. Deterministic on one machine (one thread, fixed seed); half a minute on one core.
 """
@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zsq.data_files import digits_split
-from zsq.nets import digits_net
+from zsq.data.files import digits_split
 from zsq.teachers import EMBEDDED
+from zsq.teachers.nets import digits_net
 
 OUTPUT = Path(__file__).resolve().parent.parent / "src" / "zsq" / "weights" / "digits.safetensors"
 EPOCHS, BATCH, LR, DECAY, SHIFT = 60, 64, 0.1, 5e-4, 1

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zsq.cli import main
-from zsq.facts import Facts
 from zsq.teachers import Teacher, make_teacher
+from zsq.teachers.facts import Facts
 
 # What a user would write. 1x8x8 images and ten classes, so that the digits can be scored.
 SOURCE = """

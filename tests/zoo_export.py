@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zsq import nets
 from zsq.insert import QuantSpec, freeze_ranges, quantize
-from zsq.teachers import Teacher
+from zsq.teachers import Teacher, nets
 
 
-def conv(i: int, o: int, kernel: int = 3, stride: int = 1, *, groups: int = 1, act: nn.Module | None = None) -> nn.Module:  # noqa: E501
+def conv(
+    i: int, o: int, kernel: int = 3, stride: int = 1, *, groups: int = 1, act: nn.Module | None = None
+) -> nn.Module:
     layers = [nn.Conv2d(i, o, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(o)]
     return nn.Sequential(*layers, *([] if act is None else [act]))
 

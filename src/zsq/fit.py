@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from zsq.errors import BadInput
 from zsq.insert import activation_quantizers, freeze_ranges, observe_ranges
 from zsq.run import Run
+from zsq.run.stage import Stateful
 from zsq.sources.base import Batch, Source, prepare
-from zsq.stage import Stateful
 from zsq.view import View, look
 
 if TYPE_CHECKING:

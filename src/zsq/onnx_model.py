@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from zsq.errors import BadInput, RunFailed
-from zsq.facts import read_facts
 from zsq.onnx_session import FACTS, OnnxFile, open_file, session
 from zsq.teachers import Teacher, make_teacher
+from zsq.teachers.facts import read_facts
 
 
 class OnnxModel(nn.Module):

@@ -46,7 +46,7 @@ class OnnxFile:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts of the network as `zsq.facts.read_facts` takes them; the image shape from the input if it is fixed."""
+        """Facts of the network as `read_facts` takes them; the image shape from the input if it is fixed."""
         said = {key: self.metadata[key] for key in FACTS if self.metadata.get(key) is not None}
         if "image" not in said and len(self.shape) == 4 and None not in self.shape[1:]:
             said["image"] = list(self.shape[1:])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.errors import BadInput
-from zsq.graph import trace
-from zsq.inventory import Traced, sole_reader
-from zsq.ops import classify
+from zsq.insert.graph import trace
+from zsq.insert.inventory import Traced, sole_reader
+from zsq.insert.ops import classify
 from zsq.view import INPUT, look
 
 

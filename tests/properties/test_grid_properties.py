@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from zsq.grid import Grid, affine_grid, decode, encode, fake_quantize, learned_grid, symmetric_grid
-from zsq.ranges import least_error, min_max, percentile
+from zsq.quantizer.ranges import least_error, min_max, percentile
 
 BITS = st.integers(2, 8)
 VALUES = st.floats(-100, 100, width=32, allow_subnormal=False)

@@ -16,9 +16,9 @@ from torch import nn
 
 from conftest import Shared
 from zsq.data import LabelledData, check_disjoint, load_data, load_images, split_slice
-from zsq.data_files import Shape, digits_split
+from zsq.data.files import Shape, digits_split
+from zsq.data.images import open_image
 from zsq.errors import BadInput
-from zsq.image_files import open_image
 from zsq.teachers import Teacher, load_teacher
 
 

@@ -86,7 +86,7 @@ def test_the_file_takes_any_batch_size(tmp_path: Path) -> None:
 
 def power_of_two(student: nn.Module) -> None:
     """Move every activation range to power-of-two steps with an even zero point."""
-    from zsq.access import activation_quantizers
+    from zsq.insert.access import activation_quantizers
 
     for quantizer in activation_quantizers(student).values():
         levels = 2**quantizer.bits - 1

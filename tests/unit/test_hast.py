@@ -13,7 +13,6 @@ from zsq import losses, pipeline
 from zsq.errors import BadInput
 from zsq.fit import calibrate
 from zsq.insert import QuantSpec, activation_quantizers, quantize
-from zsq.nets import digits_net
 from zsq.presets import Outcome
 from zsq.promotion import promoted
 from zsq.recipes import hast
@@ -22,6 +21,7 @@ from zsq.run import Run
 from zsq.sources.base import Batch
 from zsq.sources.pool import PoolSource
 from zsq.teachers import Teacher
+from zsq.teachers.nets import digits_net
 from zsq.units import Unit, classifier_input, find_units
 from zsq.view import look
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from zsq.errors import RunFailed
 from zsq.grid import encode
-from zsq.layers import QuantizedFunction, is_plain, probe, swap_class
+from zsq.insert.layers import QuantizedFunction, is_plain, probe, swap_class
+from zsq.insert.weight_path import WeightPath, exact
 from zsq.quantizer import LiveMinMax, RunningMinMax
-from zsq.weight_path import WeightPath, exact
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), (2, 4, 7)),

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zsq.nets import ResidualNet, digits_net, resnet20
 from zsq.teachers import EMBEDDED, FOLDER
+from zsq.teachers.nets import ResidualNet, digits_net, resnet20
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

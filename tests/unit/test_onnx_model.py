@@ -142,9 +142,7 @@ def test_files_that_are_no_classifiers(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="one output, the logits, got 2 outputs"):
         load_onnx(path)
     cast = [helper.make_node("Cast", ["image"], ["a"], to=TensorProto.FLOAT)]
-    path = onnx_files.save(
-        tmp_path / "int.onnx", cast, {}, shape=shape, outputs={"a": shape}, kind=TensorProto.UINT8
-    )
+    path = onnx_files.save(tmp_path / "int.onnx", cast, {}, shape=shape, outputs={"a": shape}, kind=TensorProto.UINT8)
     with pytest.raises(BadInput, match="one float32 input"):
         open_file(path)
 

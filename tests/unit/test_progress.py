@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from zsq.progress import Bar, Lines, Silent, progress
 from zsq.run import Run
+from zsq.run.progress import Bar, Lines, Silent, progress
 
 
 class Clock:

@@ -13,7 +13,7 @@ from torch import Tensor
 from zsq.errors import BadInput
 from zsq.grid import Grid, affine_grid, fake_quantize
 from zsq.quantizer import LearnedStep, LiveMinMax, MseRange, Percentile, RunningMinMax
-from zsq.ranges import least_error, min_max, percentile
+from zsq.quantizer.ranges import least_error, min_max, percentile
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "quantizer.json").read_text(encoding="utf-8"))
 

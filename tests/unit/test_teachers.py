@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from conftest import Shared
 from zsq.errors import BadInput
-from zsq.facts import Facts, fit_together, read_facts
 from zsq.teachers import EMBEDDED, FOLDER, Teacher, load_teacher, make_teacher, teacher_names
-from zsq.weight_files import fingerprint, flush_denormals, load_weights
+from zsq.teachers.facts import Facts, fit_together, read_facts
+from zsq.teachers.weight_files import fingerprint, flush_denormals, load_weights
 
 NET = """
 from torch import nn

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import zoo
 from zsq.errors import BadInput, RunFailed
 from zsq.export import torch_check, torch_modules, torch_program
-from zsq.facts import Facts
 from zsq.grid import affine_grid, fake_quantize, symmetric_grid
 from zsq.insert import QuantSpec, activation_quantizers, freeze_ranges, quantize, quantized_weights
 from zsq.quantizer import LearnedStep, LiveMinMax
 from zsq.teachers import Teacher, make_teacher
+from zsq.teachers.facts import Facts
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
@@ -199,9 +199,7 @@ def test_a_wrong_site_fails_the_export_and_keeps_the_old_file(
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_damaged_program_fails_the_export(
-    bn_net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_program_fails_the_export(bn_net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = prepared(bn_net, QuantSpec(placement="deploy"))
     prune = torch_program._prune
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from zsq.analysis.subject import Subject
-    from zsq.progress import Progress
+    from zsq.run.progress import Progress
 
 INSTRUMENTS = ("cosine", "trace", "landscape", "flips")
 
@@ -92,7 +92,7 @@ def analyse(
     from zsq.analysis.subject import history_files, open_subject
     from zsq.errors import BadInput
     from zsq.presets import choose
-    from zsq.progress import progress as make_progress
+    from zsq.run.progress import progress as make_progress
 
     path = Path(run)
     names = INSTRUMENTS if what == "all" else (choose("--what", what, {name: name for name in INSTRUMENTS}),)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zsq import losses
 from zsq.analysis.subject import Arm, Subject, at_snapshot, is_complete, moments
-from zsq.progress import Progress, Silent
+from zsq.run.progress import Progress, Silent
 
 
 @dataclass(frozen=True)

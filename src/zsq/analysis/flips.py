@@ -16,7 +16,7 @@ from torch import Tensor
 from zsq.analysis.subject import Subject, at_snapshot, history_files, is_complete
 from zsq.errors import BadInput
 from zsq.grid import Grid, encode
-from zsq.progress import Progress, Silent
+from zsq.run.progress import Progress, Silent
 
 
 class Codes(NamedTuple):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsq.access import QuantizedWeight
 from zsq.analysis.subject import Arm, Subject, restored
 from zsq.errors import BadInput
 from zsq.grid import decode, encode
-from zsq.progress import Progress, Silent
-from zsq.weight_path import WeightPath, exact
+from zsq.insert.access import QuantizedWeight
+from zsq.insert.weight_path import WeightPath, exact
+from zsq.run.progress import Progress, Silent
 
 BATCH = 256
 MODES = ("requant", "dequant")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from zsq import losses
-from zsq.access import QuantizedWeight, freeze_ranges, quantized_weights
 from zsq.checkpoint import load_tree
 from zsq.data import load_images
 from zsq.errors import BadInput
 from zsq.finished import open_run
+from zsq.insert.access import QuantizedWeight, freeze_ranges, quantized_weights
 from zsq.teachers import Teacher
 
 CHUNK = 256  # images per forward without gradients

@@ -13,7 +13,7 @@ from torch import Tensor
 from zsq.analysis.subject import Subject, at_snapshot, is_complete
 from zsq.analysis.subject import moments as moments_of
 from zsq.errors import BadInput
-from zsq.progress import Progress, Silent
+from zsq.run.progress import Progress, Silent
 
 CHUNK = 10  # probes that share one forward and one gradient, and between which the stopping rule looks
 BATCH = 256

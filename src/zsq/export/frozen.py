@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from zsq.access import activation_quantizers, freeze_ranges
 from zsq.errors import BadInput
 from zsq.grid import Grid, encode
+from zsq.insert.access import activation_quantizers, freeze_ranges
+from zsq.insert.weight_path import WeightPath
 from zsq.quantizer import Quantizer
-from zsq.quantizer_base import ObservedRange
-from zsq.weight_path import WeightPath
+from zsq.quantizer.base import ObservedRange
 
 _INT32 = 2**31 - 1
 

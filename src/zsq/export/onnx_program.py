@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsq.access import freeze_ranges
 from zsq.checkpoint import TEMPORARY
 from zsq.errors import BadInput
 from zsq.export import verify
@@ -18,6 +17,7 @@ from zsq.export.float_model import float_bytes
 from zsq.export.frozen import freeze
 from zsq.export.onnx_file import build
 from zsq.export.runtimes import OpenVinoRunner, OrtRunner, ort_reads_int2
+from zsq.insert.access import freeze_ranges
 from zsq.teachers import Teacher
 
 

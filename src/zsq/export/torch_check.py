@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zsq.access import SITES, activation_quantizers
 from zsq.errors import RunFailed
+from zsq.insert.access import SITES, activation_quantizers
 
 IMAGES, BATCH, ENDS = 64, 8, 8  # activations of all sites are kept for one batch
 LARGEST_SHARE = 0.01  # of all rounded values, one step off

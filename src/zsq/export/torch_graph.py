@@ -41,8 +41,7 @@ def lowerable(program: torch.export.ExportedProgram) -> float:
     """Share of layers with integer input and weight whose result goes to a quantizer, directly or behind a ReLU."""
     layers = _layers(program)
     found = sum(
-        _dequantized(_through(node.args[0])) and _dequantized(node.args[1]) and _requantized(node)
-        for node in layers
+        _dequantized(_through(node.args[0])) and _dequantized(node.args[1]) and _requantized(node) for node in layers
     )
     return found / len(layers) if layers else 0.0
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsq.access import SITES, activation_quantizers
 from zsq.errors import BadInput
 from zsq.grid import Grid, encode
-from zsq.quantizer_base import ObservedRange, Quantizer
-from zsq.weight_path import WeightPath
+from zsq.insert.access import SITES, activation_quantizers
+from zsq.insert.weight_path import WeightPath
+from zsq.quantizer.base import ObservedRange, Quantizer
 
 DECOMPOSED = "quantized_decomposed"
 

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsq.access import freeze_ranges
 from zsq.checkpoint import write_atomic
 from zsq.errors import BadInput, RunFailed
 from zsq.export.torch_check import compare_sites
 from zsq.export.torch_graph import float_layers, logit_step, lowerable
 from zsq.export.torch_modules import StoredWeight, stored_weights, swap_sites
+from zsq.insert.access import freeze_ranges
 from zsq.teachers import Teacher
-from zsq.weight_files import named_tensors
+from zsq.teachers.weight_files import named_tensors
 
 OPERATORS = "torch.ao.quantization.fx._decomposed"  # importing it registers the operators; nothing else is used of it
 FACTS = "zsq.json"  # name of the extra file inside the program with mean, std, classes ...

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zsq.access import activation_quantizers
 from zsq.errors import RunFailed
 from zsq.export.frozen import SiteGrid
 from zsq.export.onnx_file import Model, exposed
 from zsq.export.runtimes import BATCH, ort_run, ort_session
 from zsq.grid import decode, encode
+from zsq.insert.access import activation_quantizers
 
 MAX_LSB = 1  # values within an ulp of a tie may land on either side of it
 MAX_SHARE = 0.01  # of the codes

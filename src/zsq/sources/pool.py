@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zsq.errors import BadInput
 from zsq.sources.base import Batch
-from zsq.weight_files import read_weights
+from zsq.teachers.weight_files import read_weights
 
 
 class PoolSource:

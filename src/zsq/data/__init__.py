@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zsq.data_files import Found, Shape, open_npz, read_cifar, read_digits, read_npz, sha256_of
+from zsq.data.files import Found, Shape, open_npz, read_cifar, read_digits, read_npz, sha256_of
+from zsq.data.images import read_folder
 from zsq.errors import BadInput
-from zsq.image_files import read_folder
 from zsq.teachers import Teacher
 
 CHUNK = 256

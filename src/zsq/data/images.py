@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zsq.data_files import Found, Shape, optional, sha256_of
+from zsq.data.files import Found, Shape, optional, sha256_of
 from zsq.errors import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from zsq import ops as kinds
-from zsq.layers import probe
-from zsq.ops import Op
+from zsq.insert import ops as kinds
+from zsq.insert.layers import probe
+from zsq.insert.ops import Op
 
 
 @dataclass(eq=False)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from zsq.errors import BadInput
 from zsq.grid import Grid, learned_fake_quantize, learned_grid
-from zsq.quantizer_base import ObservedRange, Quantizer
-from zsq.ranges import least_error, min_max, percentile
+from zsq.quantizer.base import ObservedRange, Quantizer
+from zsq.quantizer.ranges import least_error, min_max, percentile
 
 __all__ = ["LearnedStep", "LiveMinMax", "MseRange", "ObservedRange", "Percentile", "Quantizer", "RunningMinMax"]
 
@@ -103,7 +103,7 @@ class Percentile(ObservedRange):
         bits, axis, symmetric, include_zero, clip_gradient: see `Quantizer`.
         momentum: see `ObservedRange`.
 
-    Source: percentile calibration as in TensorRT-style toolkits; exact order statistics, see `zsq.ranges.percentile`.
+    Source: percentile calibration as in TensorRT-style toolkits; exact order statistics, see `ranges.percentile`.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class MseRange(ObservedRange):
         bits, axis, symmetric, include_zero, clip_gradient: see `Quantizer`.
         momentum: see `ObservedRange`.
 
-    Source: see `zsq.ranges.least_error`.
+    Source: see `zsq.quantizer.ranges.least_error`.
     """
 
     def __init__(

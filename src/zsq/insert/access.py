@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from zsq.errors import BadInput
 from zsq.grid import Grid, encode
+from zsq.insert.weight_path import WeightPath, exact
 from zsq.quantizer import Quantizer
-from zsq.quantizer_base import ObservedRange
-from zsq.weight_path import WeightPath, exact
+from zsq.quantizer.base import ObservedRange
 
 # Names of the student's modules that hold what belongs to call sites.
 SITES, FUNCTIONS = "zsq_sites", "zsq_functions"

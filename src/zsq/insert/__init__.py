@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from zsq.access import (
+from zsq.errors import BadInput
+from zsq.insert.access import (
     FUNCTIONS,
     SITES,
     QuantizedWeight,
@@ -20,17 +21,16 @@ from zsq.access import (
     quantized_weights,
     without_quantizers,
 )  # fmt: skip
-from zsq.errors import BadInput
-from zsq.floats import list_floats
-from zsq.graph import Student, make_functional, trace
-from zsq.inventory import Layer, Traced, find_layers, fold_norms
-from zsq.layers import QuantizedFunction, function_arguments, swap_class
-from zsq.ops import classify
-from zsq.placement import Site, deploy_sites, edge_layers, grid_source, paper_sites
+from zsq.insert.floats import list_floats
+from zsq.insert.graph import Student, make_functional, trace
+from zsq.insert.inventory import Layer, Traced, find_layers, fold_norms
+from zsq.insert.layers import QuantizedFunction, function_arguments, swap_class
+from zsq.insert.ops import classify
+from zsq.insert.placement import Site, deploy_sites, edge_layers, grid_source, paper_sites
+from zsq.insert.report import QuantReport, SiteRow, WeightRow
+from zsq.insert.spec import QuantSpec, check_patterns
+from zsq.insert.weight_path import WeightPath
 from zsq.quantizer import Quantizer
-from zsq.report import QuantReport, SiteRow, WeightRow
-from zsq.spec import QuantSpec, check_patterns
-from zsq.weight_path import WeightPath
 
 __all__ = [
     "QuantReport", "QuantSpec", "QuantizedWeight", "activation_quantizers", "codes_and_latents", "freeze_ranges",

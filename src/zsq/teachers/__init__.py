@@ -10,12 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zsq import nets, zoos
 from zsq.errors import BadInput
-from zsq.facts import Facts, fit_together, read_facts
-from zsq.weight_files import check_finite, fingerprint, flush_denormals, load_weights, named_tensors, read_weights
+from zsq.teachers import nets, zoos
+from zsq.teachers.facts import Facts, fit_together, read_facts
+from zsq.teachers.weight_files import (
+    check_finite,
+    fingerprint,
+    flush_denormals,
+    load_weights,
+    named_tensors,
+    read_weights,
+)  # fmt: skip
 
-FOLDER = Path(__file__).parent / "weights"
+FOLDER = Path(__file__).parent.parent / "weights"
 
 
 @dataclass(frozen=True)
@@ -268,31 +275,20 @@ def _output_width(net: nn.Module, image: tuple[int, int, int], name: str, device
         ) from error
     if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != 2:
         got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise BadInput(
-            f"teacher {name}",
-            expected="logits of shape [batch, classes]",
-            got=got,
-            fix="Wrap the network so that it returns the logits alone.",
-        )
+        raise BadInput(f"teacher {name}", expected="logits of shape [batch, classes]", got=got,
+                       fix="Wrap the network so that it returns the logits alone.")  # fmt: skip
     if not bool(out.isfinite().all()):
-        raise BadInput(
-            f"teacher {name}",
-            expected="finite logits for a black image",
-            got="NaN or infinity",
-            fix="Check the weights, above all BatchNorm's running_var (never negative).",
-        )
+        raise BadInput(f"teacher {name}", expected="finite logits for a black image", got="NaN or infinity",
+                       fix="Check the weights, above all BatchNorm's running_var (never negative).")  # fmt: skip
     return out.shape[1]
 
 
 def _unknown(name: str) -> BadInput:
     if name.endswith(".onnx"):
-        return BadInput(
-            f"teacher {Path(name).name}",
-            expected="a network in torch",
-            got="an ONNX file, in which BatchNorm is usually folded away and nothing can be trained",
-            fix="Give the torch network it was exported from, as FILE.py:CALLABLE with --weights. An ONNX file can be "
-            "scored: zsq evaluate FILE.onnx --data DATA.",
-        )
+        return BadInput(f"teacher {Path(name).name}", expected="a network in torch",
+                        got="an ONNX file, in which BatchNorm is usually folded away and nothing can be trained",
+                        fix="Give the torch network it was exported from, as FILE.py:CALLABLE with --weights. An ONNX "
+                        "file can be scored: zsq evaluate FILE.onnx --data DATA.")  # fmt: skip
     close = difflib.get_close_matches(name, EMBEDDED, n=2)
     fix = f"Did you mean {' or '.join(close)}?" if close else "See `zsq list teachers`."
     return BadInput(

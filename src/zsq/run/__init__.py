@@ -21,11 +21,11 @@ from torch import Tensor
 
 from zsq.checkpoint import save_tree
 from zsq.errors import BadInput, Interrupted, RunFailed
-from zsq.metrics import Meter
-from zsq.progress import progress as make_progress
-from zsq.rundir import RunDirectory, fingerprint
-from zsq.signals import StopSignals
-from zsq.stage import Stage, Stateful, read_checkpoint
+from zsq.run.metrics import Meter
+from zsq.run.progress import progress as make_progress
+from zsq.run.rundir import RunDirectory, fingerprint
+from zsq.run.signals import StopSignals
+from zsq.run.stage import Stage, Stateful, read_checkpoint
 
 
 class Run:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from zsq import ops as kinds
-from zsq.inventory import Layer, Traced, norm_module
-from zsq.placement import Site, grid_source
-from zsq.report import FloatRow
-from zsq.spec import QuantSpec
+from zsq.insert import ops as kinds
+from zsq.insert.inventory import Layer, Traced, norm_module
+from zsq.insert.placement import Site, grid_source
+from zsq.insert.report import FloatRow
+from zsq.insert.spec import QuantSpec
 
 
 def list_floats(

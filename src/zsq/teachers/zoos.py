@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from zsq.errors import BadInput
-from zsq.facts import Facts, read_facts
+from zsq.teachers.facts import Facts, read_facts
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

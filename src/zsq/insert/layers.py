@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from zsq.errors import RunFailed
-from zsq.weight_path import WeightPath
+from zsq.insert.weight_path import WeightPath
 
 # Argument order and defaults of the functions that read a weight, after (input, weight, bias).
 _CONV_REST = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from zsq.errors import BadInput
-from zsq.ops import Op
+from zsq.insert.ops import Op
 
-_FRAMEWORK = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_FRAMEWORK = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
 _OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, F.relu_: F.relu, torch.relu_: torch.relu, F.elu_: F.elu, F.selu_: F.selu,

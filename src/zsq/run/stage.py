@@ -11,7 +11,7 @@ import torch
 
 from zsq.checkpoint import load_tree, save_tree
 from zsq.errors import BadInput
-from zsq.metrics import Meter, check_weights
+from zsq.run.metrics import Meter, check_weights
 
 KEYS = frozenset({"stage", "step", "total", "seconds", "metrics_bytes", "meter", "rng", "rng_gpu", "objects"})
 

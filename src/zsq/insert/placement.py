@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from zsq import ops as kinds
-from zsq.inventory import Layer, Traced, inner_layers, sole_reader
-from zsq.ops import Op
+from zsq.insert import ops as kinds
+from zsq.insert.inventory import Layer, Traced, inner_layers, sole_reader
+from zsq.insert.ops import Op
 
 
 class Site(NamedTuple):
