@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Choice = TypeVar("Choice")
 
-# Activation ranges by name. The share of the percentile was chosen by agreement on synthetic images (docs/findings.md).
+# Activation ranges by name. The share of the percentile is a first value, not a searched one (docs/findings.md).
 RANGES: dict[str, Callable[..., Any]] = {
     "percentile": partial(Percentile, share=0.999),
     "ema": RunningMinMax,
