@@ -39,4 +39,8 @@ def data() -> list[dict[str, str]]:
         {"data": "npz:FILE, npz:FILE[a:b]", "what it is": "images uint8 [n, h, w, c], labels int64 [n]; a slice of it"},
         {"data": "cifar10:DIR, cifar100:DIR", "what it is": "CIFAR test set, binary version (*.bin)"},
         {"data": "imagefolder:DIR", "what it is": "class folders, or flat images with labels.csv (file,label)"},
+        {"data": "camvid:DIR, camvid:DIR/val", "what it is": "masks: the test split (test, testannot), or another one"},
+        {"data": "voc:DIR", "what it is": "a VOCdevkit/VOC20xx folder: masks for a segmenter, boxes for a detector"},
+        {"data": "coco:DIR", "what it is": "boxes: annotations/instances_val2017.json, images in val2017"},
+        {"data": "yolo:DIR", "what it is": "boxes: images/*.jpg, labels/*.txt (class cx cy w h)"},
     ]

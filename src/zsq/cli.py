@@ -65,7 +65,7 @@ def show(result: dict[str, Any], *, as_json: bool, title: str) -> None:
 
 def in_words(key: str, value: object) -> str:
     """One value of a summary for people: shares as percent, lists and tables in one line."""
-    if isinstance(value, float) and key.endswith(("score", "agreement", "top5", "share")):
+    if isinstance(value, float) and key.endswith(("score", "agreement", "top5", "share", "_accuracy", "_map", "_miou")):
         return f"{100 * value:.2f} %"
     if isinstance(value, list) and all(isinstance(item, float) for item in value):
         return " to ".join(f"{100 * item:.2f} %" for item in value)

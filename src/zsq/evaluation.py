@@ -1,51 +1,24 @@
-"""How good a network is: agreement with its teacher without labels, top-1 and top-5 with them."""
+"""How good a network is: agreement with its teacher without labels, the score of its task with them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from zsq.errors import RunFailed
+from zsq.tasks.base import Score, table
 
 if TYPE_CHECKING:
     from zsq.data import LabelledData
+    from zsq.teachers import Teacher
 
-BATCH = 256
-Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a network reaches on a labelled set; shares are fractions.
-
-    Attributes:
-        top1: share of images whose label has the highest logit.
-        top5: share of images whose label is among the five highest; None up to five classes.
-        count: number of images.
-        interval: 95 % Wilson interval of top1.
-    """
-
-    top1: float
-    top5: float | None
-    count: int
-    interval: tuple[float, float]
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        top5 = [] if self.top5 is None else [("top-5", f"{100 * self.top5:.2f} %")]
-        return _table(
-            [
-                ("top-1", f"{100 * self.top1:.2f} %  (95 %: {100 * low:.2f} to {100 * high:.2f})"),
-                *top5,
-                ("images", str(self.count)),
-            ]
-        )
+KL_CHUNK = 1 << 24  # numbers that are compared in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -53,24 +26,30 @@ class Agreement:
     """How close a student is to its teacher on unlabelled images.
 
     Attributes:
-        share: share of images with the same highest logit, a fraction.
-        interval: 95 % Wilson interval of share.
-        kl: mean KL(teacher || student) of the softmax outputs at temperature 1, in nats.
-        sqnr: logit signal to quantization noise, 10 log10(sum t^2 / sum (t - s)^2) in dB; inf for equal logits.
+        share: what both agree on, a fraction: images with the same highest logit; pixels with the same class; mAP@.5 of
+            the student with the teacher's boxes as truth.
+        interval: 95 % Wilson interval of share, for whole images; else None.
+        kl: mean KL(teacher || student) at temperature 1 as the task defines it, in nats.
+        sqnr: signal of the raw output to quantization noise, 10 log10(sum t^2 / sum (t - s)^2) in dB; inf for equal
+            outputs.
         count: number of images.
+        extra: further measures of the task, fractions.
     """
 
     share: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     kl: float
     sqnr: float
     count: int
+    extra: dict[str, float | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return _table(
+        low, high = self.interval or (0.0, 0.0)
+        bounds = f"  (95 %: {100 * low:.2f} to {100 * high:.2f})" if self.interval else ""
+        return table(
             [
-                ("agreement", f"{100 * self.share:.2f} %  (95 %: {100 * low:.2f} to {100 * high:.2f})"),
+                ("agreement", f"{100 * self.share:.2f} %{bounds}"),
+                *((key, f"{100 * value:.2f} %") for key, value in self.extra.items() if value is not None),
                 ("KL", f"{self.kl:.4g} nats"),
                 ("logit SQNR", f"{self.sqnr:.2f} dB"),
                 ("images", str(self.count)),
@@ -78,112 +57,67 @@ class Agreement:
         )
 
 
-def score(net: nn.Module, data: LabelledData, *, batch: int = BATCH) -> Score:
-    """Score a classifier on a labelled set.
+def score(net: nn.Module, data: LabelledData, *, batch: int | None = None) -> Score:
+    """Score a network on a labelled set.
 
     Args:
-        net: maps [b, c, h, w] to logits [b, classes]; run in eval mode, left in the mode it was in.
+        net: gives the raw output of the set's teacher's task; run in eval mode, left in the mode it was in.
         data: the set, already in the network's input space.
-        batch: images per forward.
+        batch: images per forward; the task's if not given.
 
     Returns:
-        Top-1, top-5 and the interval. Equal logits are ranked by class number: the same score everywhere.
+        The measures of the task.
 
     Raises:
-        RunFailed: if a logit is not finite.
+        RunFailed: if an output is not finite.
     """
-    ranks, classes = [], 0
+    task = data.teacher.outputs
+    meter, finite = task.scored(), []
     with _evaluating(net):
-        for images, labels in data.batches(batch):
-            logits = net(images)
-            classes = logits.shape[1]
-            ranks.append(torch.where(logits.isfinite().all(1), label_rank(logits, labels), -1))
-    rank = torch.cat(ranks).cpu()
-    _refuse_nonfinite(rank < 0)
-    count = len(rank)
-    right = int((rank == 0).sum())
-    top5 = int((rank < 5).sum()) / count if classes > 5 else None
-    return Score(right / count, top5, count, wilson_interval(right, count))
+        for images, truth in data.batches(batch or task.batch):
+            raw = net(images)
+            finite.append(raw.flatten(1).isfinite().all(1))
+            meter.add(raw, truth)
+    _refuse_nonfinite(~torch.cat(finite).cpu())
+    return meter.result()
 
 
-def agreement(student: nn.Module, teacher: nn.Module, images: Tensor, *, batch: int = BATCH) -> Agreement:
+def agreement(student: nn.Module, teacher: Teacher, images: Tensor, *, batch: int | None = None) -> Agreement:
     """Compare a student with its teacher on images without labels.
 
     Args:
-        student: maps [b, c, h, w] to logits [b, classes].
-        teacher: likewise, on the same device.
+        student: maps [b, c, h, w] to the teacher's raw output, on the same device.
+        teacher: the float network and what its output means.
         images: shape [n, c, h, w], normalised; moved to the teacher's device batch by batch.
-        batch: images per forward.
+        batch: images per forward; the task's if not given.
 
     Returns:
-        Share of equal decisions with its interval, mean KL and logit SQNR.
+        What both agree on, mean KL and SQNR.
 
     Raises:
-        RunFailed: if a logit is not finite.
-
-    Example:
-        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-        >>> agreement(net, net, torch.randn(8, 1, 2, 2)).share
-        1.0
+        RunFailed: if an output is not finite.
     """
-    device = next((p.device for p in teacher.parameters()), images.device)
-    rows = []  # per image: same decision, KL, signal, noise
-    with _evaluating(student), _evaluating(teacher):
-        for part in images.split(batch):
+    task, device = teacher.outputs, teacher.device
+    meter, finite, rows = task.compared(), [], []  # rows: KL times images, signal, noise
+    with _evaluating(student), _evaluating(teacher.net):
+        for part in images.split(batch or task.batch):
             x = part.to(device)
-            t, s = teacher(x).double(), student(x).double()
-            log_t, log_s = t.log_softmax(1), s.log_softmax(1)
-            kl = (log_t.exp() * (log_t - log_s)).sum(1)
-            same = (t.argmax(1) == s.argmax(1)).double()
-            rows.append(torch.stack([same, kl, t.square().sum(1), (t - s).square().sum(1)]))
-    table = torch.cat(rows, dim=1).cpu()
-    _refuse_nonfinite(~table.isfinite().all(0))
-    count = table.shape[1]
-    same, kl, signal, noise = table.sum(1).tolist()
+            t, s = teacher.net(x), student(x)
+            finite.append((t.isfinite() & s.isfinite()).flatten(1).all(1))
+            meter.add(s, t)
+            for a, b in zip(_chunks(t), _chunks(s), strict=True):
+                kl = task.kl(b.double(), a.double(), temperature=1.0, reduction="batchmean")
+                noise = (a.double() - b.double()).square().sum()
+                rows.append(torch.stack([kl * len(a), a.double().square().sum(), noise]))
+    _refuse_nonfinite(~torch.cat(finite).cpu())
+    kl, signal, noise = torch.stack(rows).sum(0).cpu().tolist()
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
-    return Agreement(same / count, wilson_interval(round(same), count), max(kl / count, 0.0), sqnr, count)
+    found, count = meter.result(), len(images)
+    return Agreement(found.value, found.interval, max(kl / count, 0.0), sqnr, count, found.extra)
 
 
-def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the label: those with a higher logit, and equal ones with a lower number.
-
-    Args:
-        logits: shape [b, classes].
-        labels: shape [b], int64.
-
-    Returns:
-        Shape [b], int64; 0 where the label is the decision.
-
-    Example:
-        >>> label_rank(torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([2])).tolist()
-        [1]
-    """
-    own = logits.gather(1, labels[:, None])
-    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    return ((logits > own) | ((logits == own) & earlier)).sum(1)
-
-
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share.
-
-    Args:
-        right: number of hits.
-        count: number of trials, at least 1.
-
-    Returns:
-        Lower and upper end, fractions in 0..1.
-
-    Source: Wilson, Probable inference, the law of succession, and statistical inference (JASA 1927).
-
-    Example:
-        >>> [round(end, 4) for end in wilson_interval(8, 10)]
-        [0.4902, 0.9433]
-    """
-    share, z2 = right / count, Z95 * Z95
-    centre = share + z2 / (2 * count)
-    half = Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    low, high = ((centre - half) / (1 + z2 / count), (centre + half) / (1 + z2 / count))
-    return (0.0 if right == 0 else low, 1.0 if right == count else high)  # exact ends, free of rounding
+def _chunks(raw: Tensor) -> tuple[Tensor, ...]:
+    return raw.split(max(1, KL_CHUNK // max(1, raw[0].numel())))
 
 
 @contextmanager
@@ -205,8 +139,3 @@ def _refuse_nonfinite(bad: Tensor) -> None:
             f"evaluation: expected finite logits, got NaN or infinity on {int(bad.sum())} of {len(bad)} images."
             " Check the last losses of the run in metrics.jsonl."
         )
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

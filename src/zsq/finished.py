@@ -79,8 +79,8 @@ def evaluate(path: Path | str, *, data: str | None = None, device: torch.device 
     teacher, student, summary = open_run(path, device)
     if data is None:
         images = load_tree(path / "images.safetensors")["images"].to(device)
-        agreed = agreement(student, teacher.net, images)
-        probed = agreement(student, teacher.net, probe_pool(teacher))
+        agreed = agreement(student, teacher, images)
+        probed = agreement(student, teacher, probe_pool(teacher))
         result = pipeline.agreement_facts(agreed, probed, summary["agreement_inputs"])
     else:
         result = pipeline.scores(teacher, student, load_data(data, teacher))
@@ -106,13 +106,10 @@ def evaluate_teacher(
     labelled = load_data(data, teacher)
     result = score(teacher.net, labelled)
     return {
-        "metric": "top1",
+        "metric": result.metric,
         "teacher": teacher.name,
-        "teacher_score": result.top1,
-        "teacher_interval": list(result.interval),
-        "teacher_top5": result.top5,
-        "eval_data": {"name": labelled.name, "sha256": labelled.sha256},
-        "eval_count": result.count,
+        **pipeline.score_facts("teacher", result),
+        **pipeline.data_facts(labelled),
     }
 
 
@@ -141,13 +138,10 @@ def evaluate_onnx(
     labelled = load_data(data, model)
     result = score(model.net, labelled)
     return {
-        "metric": "top1",
+        "metric": result.metric,
         "file": Path(path).name,
         "file_sha256": model.fingerprint,
         "runtime": runtime_version(runtime),
-        "student_score": result.top1,
-        "student_interval": list(result.interval),
-        "student_top5": result.top5,
-        "eval_data": {"name": labelled.name, "sha256": labelled.sha256},
-        "eval_count": result.count,
+        **pipeline.score_facts("student", result),
+        **pipeline.data_facts(labelled),
     }

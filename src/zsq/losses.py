@@ -26,6 +26,7 @@ def kl(
     temperature: float = 20.0,
     reduction: Literal["mean", "batchmean"] = "mean",
     through_teacher: bool = False,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Distillation loss T^2 * KL(teacher || student) on temperature-softened probabilities; classes on dimension 1.
 
@@ -36,6 +37,7 @@ def kl(
         reduction: ``"mean"`` averages over all entries, classes included, as the GDFQ family's code does; it is k times
             smaller than ``"batchmean"``, which sums over classes and averages over samples (and positions).
         through_teacher: let the gradient flow into the teacher's logits too (to the image they were computed from).
+        weight: of each sample and position, shape [b, ...] with mean 1; None counts all the same.
 
     Returns:
         0-dim tensor.
@@ -63,7 +65,10 @@ def kl(
         raise BadInput("reduction", expected="'mean' or 'batchmean'", got=repr(reduction), fix="Choose one of the two.")
     student = F.log_softmax(_wide(student_logits) / temperature, dim=1)
     teacher = F.log_softmax(_wide(teacher_logits if through_teacher else teacher_logits.detach()) / temperature, dim=1)
-    total = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    if weight is None:
+        total = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    else:
+        total = (F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * weight).sum()
     entries = student.numel() if reduction == "mean" else student.numel() // student.shape[1]
     return total * (temperature**2 / entries)
 

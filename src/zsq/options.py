@@ -39,11 +39,13 @@ class TeacherOptions:
         channels: channel order of the input.
         resize: shorter side that test images are resized to.
         crop: side of the centre crop of test images.
+        raw: modules that give the raw output, MODULE[,MODULE]; found if not given.
+        decode: what makes boxes of a detector's output, FILE.py:F; that file is run.
         leaf: modules kept whole where tracing fails.
     """
 
     weights: Path | None = None
-    task: Literal["classify"] | None = None
+    task: Literal["classify", "segment", "detect"] | None = None
     classes: Annotated[int | None, Whole] = None
     image: str | None = None
     mean: Annotated[list[float] | None, Several] = None
@@ -51,6 +53,8 @@ class TeacherOptions:
     channels: Literal["rgb", "bgr"] | None = None
     resize: Annotated[int | None, Whole] = None
     crop: Annotated[int | None, Whole] = None
+    raw: str | None = None
+    decode: str | None = None
     leaf: Annotated[list[str], Several] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
@@ -65,6 +69,9 @@ class TeacherOptions:
             "channels": self.channels,
             "resize": self.resize,
             "crop": self.crop,
+            "raw": self.raw,
+            "decode": self.decode,
+            "leaf": self.leaf,
         }
 
 

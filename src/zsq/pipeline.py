@@ -22,13 +22,12 @@ from zsq.presets import Outcome
 from zsq.probe import probe_pool
 from zsq.run import Run
 from zsq.sources.pool import PoolSource, read_pool
+from zsq.tasks.base import Score
 from zsq.teachers import Teacher
 
 if TYPE_CHECKING:
     from zsq.data import LabelledData
     from zsq.sources.base import Batch, Source
-
-HELD_OUT = 1024  # images of the run's source that the agreement is measured on
 
 
 def default_path(teacher: Teacher, recipe: str, spec: QuantSpec, seed: int) -> Path:
@@ -67,12 +66,13 @@ def produce(
         Interrupted: if a signal stopped the run; it can be resumed.
     """
     spec, options = spec or QuantSpec(), dict(options or {})
+    teacher.outputs.compared()  # what measuring needs is asked for before the work, not after it
     started = time.monotonic()
     outcome = run_recipe(teacher, run, recipe=recipe, spec=spec, images=images, options=options)
-    sample = outcome.source.sample(HELD_OUT, run.rng("held-out", 0))
+    sample = outcome.source.sample(teacher.outputs.held_out, run.rng("held-out", 0))
     held_out = sample.images
-    agreed = agreement(outcome.student, teacher.net, held_out)
-    probed = agreement(outcome.student, teacher.net, probe_pool(teacher))
+    agreed = agreement(outcome.student, teacher, held_out)
+    probed = agreement(outcome.student, teacher, probe_pool(teacher))
     summary = {
         "teacher": teacher.name,
         "recipe": recipe,
@@ -181,16 +181,19 @@ def agreement_facts(agreed: Agreement, probed: Agreement, inputs: str) -> dict[s
 def scores(teacher: Teacher, student: nn.Module, data: LabelledData) -> dict[str, Any]:
     """Score teacher and student on a labelled set; the keys a summary has after an evaluation."""
     float_score, low_bit = score(teacher.net, data), score(student, data)
-    return {
-        "metric": "top1",
-        "teacher_score": float_score.top1,
-        "student_score": low_bit.top1,
-        "student_interval": list(low_bit.interval),
-        "teacher_top5": float_score.top5,
-        "student_top5": low_bit.top5,
-        "eval_data": {"name": data.name, "sha256": data.sha256},
-        "eval_count": low_bit.count,
-    }
+    return {"metric": low_bit.metric, **score_facts("teacher", float_score, interval=False),
+            **score_facts("student", low_bit), **data_facts(data)}  # fmt: skip
+
+
+def score_facts(who: str, found: Score, *, interval: bool = True) -> dict[str, Any]:
+    """A score as a summary holds it: ``student_score``, its interval where it has one, and what else was measured."""
+    bounds = {f"{who}_interval": list(found.interval)} if interval and found.interval is not None else {}
+    return {f"{who}_score": found.value, **bounds, **{f"{who}_{key}": value for key, value in found.extra.items()}}
+
+
+def data_facts(data: LabelledData) -> dict[str, Any]:
+    """What a summary says about the labelled set."""
+    return {"eval_data": {"name": data.name, "sha256": data.sha256}, "eval_count": data.count}
 
 
 def write_student(path: Path, student: nn.Module, spec: QuantSpec, report: dict[str, Any]) -> None:

@@ -11,12 +11,13 @@ from zsq import losses
 from zsq.fit import Gradient
 from zsq.insert import QuantSpec
 from zsq.sources.base import Batch
+from zsq.teachers import Teacher
 from zsq.units import find_units
 from zsq.view import View, look
 
 
 def promoted(
-    student: nn.Module, teacher: nn.Module, spec: QuantSpec, *, kl_weight: float, temperature: float, alignment: float,
+    student: nn.Module, teacher: Teacher, spec: QuantSpec, *, kl_weight: float, temperature: float, alignment: float,
     epsilon: float, promotion: str,
 ) -> Gradient:  # fmt: skip
     """One step's gradient: on the images, and on the same images moved uphill by `epsilon` in sign.
@@ -38,12 +39,14 @@ def promoted(
     Returns:
         What `fit` takes as ``gradient``.
     """
-    units = find_units(teacher, leaf=spec.leaf) if alignment else []
+    units = find_units(teacher.net, leaf=spec.leaf) if alignment else []
     theirs, ours = [unit.output for unit in units], [unit.within(student) for unit in units]
     weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
 
     def loss(s: View, t: View) -> dict[str, Tensor]:
-        kl = losses.kl(s.logits, t.logits, temperature=temperature, reduction="batchmean", through_teacher=True)
+        kl = teacher.outputs.kl(
+            s.logits, t.logits, temperature=temperature, reduction="batchmean", through_teacher=True
+        )
         if not units:
             return {"kl": kl_weight * kl}
         gap = losses.attention_gap([s.features[name] for name in ours], [t.features[name] for name in theirs])
@@ -51,7 +54,7 @@ def promoted(
 
     def learn(images: Tensor, share: float, wanted: Sequence[Tensor]) -> dict[str, Tensor]:
         with torch.set_grad_enabled(images.requires_grad):
-            t = look(teacher, images, features=theirs)
+            t = look(teacher.net, images, features=theirs)
         terms = loss(look(student, images, features=ours), t)
         (share * torch.stack(list(terms.values())).sum()).backward(inputs=wanted)
         return {name: term.detach() for name, term in terms.items()}

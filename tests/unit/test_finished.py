@@ -22,7 +22,7 @@ def test_teacher_student_and_summary(finished_run: Path) -> None:
     assert all(torch.equal(value, saved[key]) for key, value in student.state_dict().items())
     assert not student.training
     images = load_tree(finished_run / "images.safetensors")["images"]
-    assert agreement(student, teacher.net, images).share == summary["agreement"]
+    assert agreement(student, teacher, images).share == summary["agreement"]
 
 
 def test_the_student_is_the_quantized_one(finished_run: Path) -> None:
@@ -36,8 +36,8 @@ def test_evaluating_measures_what_it_writes(run_copy: Path) -> None:
     result = finished.evaluate(run_copy, data="digits:train")
     teacher, student, summary = finished.open_run(run_copy)
     data = pipeline.open_data("digits:train", teacher)
-    assert result["student_score"] == score(student, data).top1 == summary["student_score"]
-    assert result["teacher_score"] == score(teacher.net, data).top1
+    assert result["student_score"] == score(student, data).value == summary["student_score"]
+    assert result["teacher_score"] == score(teacher.net, data).value
     assert summary["eval_count"] == 1198 and summary["eval_data"]["name"] == "digits:train"
     # a second set replaces the first; the agreement stays
     finished.evaluate(str(run_copy), data="digits")

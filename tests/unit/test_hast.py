@@ -55,6 +55,10 @@ def gradients(student: nn.Module) -> dict[str, Tensor]:
 NUMBERS: dict[str, Any] = {"kl_weight": 20.0, "temperature": 20.0, "alignment": 1000.0, "epsilon": 0.01}
 
 
+def taught(net: nn.Module) -> Teacher:
+    return Teacher(net, "tiny", "classify", 10, (1, 8, 8))
+
+
 def plain_step(teacher: nn.Module, student: nn.Module, x: Tensor) -> None:
     """As released: gradient of the images, then both losses in one graph, then backward."""
     units = find_units(teacher)
@@ -86,7 +90,7 @@ def test_the_cheaper_step_has_the_same_gradients(placement: str, residual: bool)
     plain_step(teacher, student, images())
     expected = gradients(student)
     student.zero_grad()
-    step = promoted(student, teacher, QuantSpec(), promotion="loss", **NUMBERS)
+    step = promoted(student, taught(teacher), QuantSpec(), promotion="loss", **NUMBERS)
     terms = step(Batch(images()), 1.0)
     found = gradients(student)
     assert set(terms) == {"kl", "attention", "hard_kl", "hard_attention"}
@@ -99,14 +103,14 @@ def test_the_cheaper_step_has_the_same_gradients(placement: str, residual: bool)
 def test_the_moved_images_are_those_of_epsilon() -> None:
     teacher, student = pair()
     numbers = {**NUMBERS, "alignment": 0.0, "epsilon": 0.0}
-    terms = promoted(student, teacher, QuantSpec(), promotion="loss", **numbers)(Batch(images()), 1.0)
+    terms = promoted(student, taught(teacher), QuantSpec(), promotion="loss", **numbers)(Batch(images()), 1.0)
     assert terms.keys() == {"kl", "hard_kl"} and torch.allclose(terms["hard_kl"], terms["kl"])
 
 
 def test_difficulty_moves_away_from_the_label_and_trains_on_the_moved_alone() -> None:
     teacher, student = pair()
     labels = teacher(images()).argmax(1)
-    step = promoted(student, teacher, QuantSpec(), promotion="difficulty", **NUMBERS)
+    step = promoted(student, taught(teacher), QuantSpec(), promotion="difficulty", **NUMBERS)
     assert set(step(Batch(images(), labels), 1.0)) == {"hard_kl", "hard_attention"}
     x = images().requires_grad_()
     (g,) = torch.autograd.grad(losses.difficulty(student(x), labels), x)
@@ -117,7 +121,7 @@ def test_difficulty_moves_away_from_the_label_and_trains_on_the_moved_alone() ->
 
 def test_parts_add_up() -> None:
     teacher, student = pair()
-    step = promoted(student, teacher, QuantSpec(), promotion="loss", **NUMBERS)
+    step = promoted(student, taught(teacher), QuantSpec(), promotion="loss", **NUMBERS)
     step(Batch(images()), 1.0)
     whole = gradients(student)
     student.zero_grad()

@@ -10,6 +10,10 @@ from zsq.errors import BadInput
 from zsq.losses import bn_gap, cross_entropy
 from zsq.sources.base import Batch
 from zsq.sources.noise import balanced_labels, image_loss, probe_images, synthesise, total_variation
+from zsq.tasks.base import Part
+from zsq.tasks.classify import Classify
+from zsq.tasks.detect import Detect
+from zsq.tasks.segment import Segment
 from zsq.teachers import Teacher
 from zsq.view import View, look
 
@@ -39,7 +43,7 @@ def first_image(view: View, batch: Batch) -> dict[str, Tensor]:
 def test_the_objective_falls(bn_net: nn.Module, precision: str) -> None:
     teacher, labels = opinionated(bn_net), torch.arange(20) % 10
     start = torch.randn(20, 3, 8, 8, generator=rng())
-    images = synthesise(teacher, labels, image_loss(10), steps=60, rng=rng(), batch=20, precision=precision)
+    images = synthesise(teacher, labels, image_loss(Classify(10)), steps=60, rng=rng(), batch=20, precision=precision)
     assert images.shape == (20, 3, 8, 8) and images.dtype == torch.float32 and not images.requires_grad
     for x, y in ((start, images),):
         before, after = look(bn_net, x, norms=True), look(bn_net, y, norms=True)
@@ -51,7 +55,7 @@ def test_the_objective_falls(bn_net: nn.Module, precision: str) -> None:
 def test_it_is_adam(bn_net: nn.Module) -> None:
     labels = torch.arange(6)
     images = synthesise(
-        tiny(bn_net), labels, image_loss(10), steps=5, rng=rng(), batch=6, anneal=False, precision="float32"
+        tiny(bn_net), labels, image_loss(Classify(10)), steps=5, rng=rng(), batch=6, anneal=False, precision="float32"
     )
     x = torch.randn(6, 3, 8, 8, generator=rng()).requires_grad_()
     adam = torch.optim.Adam([x], 0.1)
@@ -100,16 +104,16 @@ def test_batches_are_even_and_in_order(bn_net: nn.Module) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_ambient_modes_do_not_matter(bn_net: nn.Module, mode: type) -> None:
     labels = torch.arange(4)
-    plain = synthesise(tiny(bn_net), labels, image_loss(10), steps=3, rng=rng(), batch=4)
+    plain = synthesise(tiny(bn_net), labels, image_loss(Classify(10)), steps=3, rng=rng(), batch=4)
     with mode():
-        wrapped = synthesise(tiny(bn_net), labels, image_loss(10), steps=3, rng=rng(), batch=4)
+        wrapped = synthesise(tiny(bn_net), labels, image_loss(Classify(10)), steps=3, rng=rng(), batch=4)
     assert torch.equal(plain, wrapped) and not wrapped.is_inference()
 
 
 def test_the_teacher_is_left_alone(bn_net: nn.Module) -> None:
     bn_net.train().requires_grad_(True)
     before = {name: value.clone() for name, value in bn_net.state_dict().items()}
-    synthesise(tiny(bn_net), torch.arange(4), image_loss(10), steps=2, rng=rng(), batch=4)
+    synthesise(tiny(bn_net), torch.arange(4), image_loss(Classify(10)), steps=2, rng=rng(), batch=4)
     assert all(m.training for m in bn_net.modules())
     assert all(p.requires_grad and p.grad is None for p in bn_net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in bn_net.state_dict().items())
@@ -126,7 +130,7 @@ def test_what_it_refuses(bn_net: nn.Module, labels: int, steps: int, batch: int)
 
 def test_image_loss_terms(bn_net: nn.Module, bn_free_net: nn.Module) -> None:
     x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
-    loss = image_loss(10, class_weight=0.5, bn_weight=2.0, smooth_weight=3.0)
+    loss = image_loss(Classify(10), class_weight=0.5, bn_weight=2.0, smooth_weight=3.0)
     view = look(bn_net, x, norms=True)
     terms = loss(view, Batch(x, labels))
     torch.testing.assert_close(terms["bn"], 2 * bn_gap(view.norms))
@@ -139,9 +143,10 @@ def test_image_loss_terms(bn_net: nn.Module, bn_free_net: nn.Module) -> None:
 def test_image_loss_of_dense_and_foreign_outputs() -> None:
     x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 0])
     dense = torch.randn(2, 10, 4, 4)
-    terms = image_loss(10)(View(dense), Batch(x, labels))
+    terms = image_loss(Segment(10))(View(dense), Batch(x, labels))
     torch.testing.assert_close(terms["class"], cross_entropy(dense.mean((2, 3)), labels))
-    assert set(image_loss(9)(View(dense), Batch(x, labels))) == {"smooth"}
+    boxes = Detect(10, (Part("other", 10),))
+    assert set(image_loss(boxes)(View(dense), Batch(x, labels))) == {"smooth"}
 
 
 def test_total_variation() -> None:

@@ -252,7 +252,7 @@ def test_the_normalisation_is_asked_for_when_pixels_come(user: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"task": "sing"}, "--task: expected classify, got 'sing'"),
+        ({"task": "sing"}, "--task: expected classify or segment or detect, got 'sing'"),
         ({"channels": "gbr"}, "--channels: expected rgb or bgr"),
         ({"classes": 1}, "--classes: expected a whole number of at least 2"),
         ({"classes": 4.0}, "--classes: expected a whole number"),
@@ -324,9 +324,9 @@ class Undefined(nn.Module):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Tuple(), r"expected logits of shape \[batch, classes\], got a tuple"),
+        (Tuple(), r"expected one tensor .* logits of shape \[batch, classes\], got a tuple"),
         (nn.Conv2d(1, 2, 1), r"expected logits .*, got shape \[2, 2, 4, 4\]"),
-        (nn.Flatten(0), r"expected logits .*, got shape \[32\]"),
+        (nn.Flatten(0), r"expected one tensor .*, got shape \[32\]"),
         (Undefined(), "expected finite logits for a black image"),
     ],
 )

@@ -6,16 +6,20 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from zsq.data.boxes import read_coco, read_voc_boxes, read_yolo
 from zsq.data.files import Found, Shape, open_npz, read_cifar, read_digits, read_npz, sha256_of
 from zsq.data.images import read_folder
+from zsq.data.masks import camvid_folders, read_camvid, read_voc_masks
 from zsq.errors import BadInput
 from zsq.teachers import Teacher
 
 CHUNK = 256
+SLICED = ("camvid", "voc", "coco", "yolo")  # folders of which a slice can be named
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class LabelledData:
     Attributes:
         name: file or folder name and slice, without the path.
         sha256: of the whole file, or over names and bytes of all files of a folder.
-        labels: shape [count], int64, on the CPU.
+        labels: shape [count], int64, on the CPU; empty of a set of masks or boxes.
         teacher: whose normalisation applies.
         found: where the pixels come from.
     """
@@ -41,19 +45,23 @@ class LabelledData:
         """Number of images."""
         return self.found.count
 
-    def batches(self, size: int = CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give images and labels in order, once per call.
+    def batches(self, size: int = CHUNK) -> Iterator[tuple[Tensor, Any]]:
+        """Give images and what is true of them in order, once per call.
 
         Args:
             size: images per batch; the last may have fewer.
 
         Yields:
-            Images [b, c, h, w], float32, normalised; labels [b], int64; both on the teacher's device.
+            Images [b, c, h, w], float32, normalised, on the teacher's device; with them labels int64 [b] there, masks
+            int64 [b, h, w], or the `Boxes` of each image.
         """
         for start in range(0, self.count, size):
             stop = min(start + size, self.count)
             images = self.teacher.normalise(self.found.read(start, stop))
-            yield images, self.labels[start:stop].to(images.device)
+            if self.found.truths is not None:
+                yield images, self.found.truths(start, stop)
+            else:
+                yield images, self.labels[start:stop].to(images.device)
 
 
 Reader = Callable[..., Found]  # of what follows the colon, the teacher, and with_labels=
@@ -81,13 +89,33 @@ def _folder(rest: str, teacher: Teacher, *, with_labels: bool) -> Found:
     return read_folder(Path(rest), _shape(teacher), classes=teacher.classes, with_labels=with_labels)
 
 
+def _listed(read: Callable[..., Found]) -> Reader:
+    """A folder of images with masks or boxes, in the order of their names, or a slice of it."""
+
+    def open_folder(rest: str, teacher: Teacher, *, with_labels: bool) -> Found:
+        folder, part = split_slice(rest)
+        return read(folder, part, _shape(teacher), classes=teacher.classes, with_labels=with_labels)
+
+    return open_folder
+
+
+def _voc(rest: str, teacher: Teacher, *, with_labels: bool) -> Found:
+    return _listed(read_voc_masks if teacher.task == "segment" else read_voc_boxes)(
+        rest, teacher, with_labels=with_labels
+    )
+
+
 # A new form of DATA is one function and one line here, and one in `zsq list data` (catalogue.py).
-READERS: dict[str, Reader] = {
-    "digits": _digits,
-    "npz": _npz,
-    "cifar10": _cifar(10),
-    "cifar100": _cifar(100),
-    "imagefolder": _folder,
+READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
+    "digits": (_digits, ("classify",)),
+    "npz": (_npz, ("classify",)),
+    "cifar10": (_cifar(10), ("classify",)),
+    "cifar100": (_cifar(100), ("classify",)),
+    "imagefolder": (_folder, ("classify",)),
+    "camvid": (_listed(read_camvid), ("segment",)),
+    "voc": (_voc, ("segment", "detect")),
+    "coco": (_listed(read_coco), ("detect",)),
+    "yolo": (_listed(read_yolo), ("detect",)),
 }
 
 
@@ -96,7 +124,8 @@ def load_data(spec: str, teacher: Teacher) -> LabelledData:
 
     Args:
         spec: ``digits`` (its held-out part; ``digits:train`` is the rest), ``npz:FILE``, ``npz:FILE[a:b]``,
-            ``cifar10:DIR``, ``cifar100:DIR`` or ``imagefolder:DIR``.
+            ``cifar10:DIR``, ``cifar100:DIR`` or ``imagefolder:DIR`` of classified images; ``camvid:DIR``, ``voc:DIR``,
+            ``coco:DIR`` or ``yolo:DIR`` of masks or boxes, each with ``[a:b]`` for a slice.
         teacher: whose input shape, normalisation, resize, crop and classes apply. Image files are resized and cropped;
             arrays must have the network's size.
 
@@ -107,6 +136,8 @@ def load_data(spec: str, teacher: Teacher) -> LabelledData:
         BadInput: for an unknown form, or files that are missing, damaged or do not fit the teacher.
     """
     found = _open(spec, teacher, with_labels=True)
+    if found.truths is not None:
+        return LabelledData(_short(spec), found.sha256, found.labels, teacher, found)
     low, high = int(found.labels.min()), int(found.labels.max())
     if low < 0 or high >= teacher.classes:
         raise BadInput(
@@ -152,7 +183,7 @@ def check_disjoint(images: str, evaluation: str) -> None:
         and isinstance(other, Path)
         and (source.is_relative_to(other) or other.is_relative_to(source))
     )
-    if same and start < last and first < stop:
+    if same and ((start < last and first < stop) or source != other):
         raise BadInput(
             f"--images {images}",
             expected=f"images apart from those of --eval {evaluation}",
@@ -193,11 +224,19 @@ def _open(spec: str, teacher: Teacher, *, with_labels: bool) -> Found:
             f"{k}:DIR" for k in READERS if k not in ("digits", "npz")
         )
         raise BadInput("data", expected=forms, got=repr(spec), fix="See `zsq list data`.")
-    return READERS[kind](rest, teacher, with_labels=with_labels)
+    read, tasks = READERS[kind]
+    if with_labels and teacher.task not in tasks:
+        raise BadInput(
+            f"data {spec}", expected=f"a network whose task is to {' or '.join(tasks)}",
+            got=f"{teacher.name}, whose task is to {teacher.task}",
+            fix="Choose a set for its task (`zsq list data`), or name the task with --task.",
+        )  # fmt: skip
+    return read(rest, teacher, with_labels=with_labels)
 
 
 def _shape(teacher: Teacher) -> Shape:
-    return Shape(teacher.image, teacher.resize, teacher.crop)
+    dense = not teacher.outputs.image_labels  # masks and boxes lie over the whole image: nothing may be cut off
+    return Shape(teacher.image, None if dense else teacher.resize, None if dense else teacher.crop, stretch=dense)
 
 
 def _same_classes(name: str, classes: int, teacher: Teacher) -> None:
@@ -218,15 +257,25 @@ def _short(spec: str) -> str:
     if kind == "npz":
         path, _ = split_slice(rest)
         return path.name + rest[len(rest.partition("[")[0]) :] if rest.endswith("]") else path.name
+    if kind in SLICED:
+        path, _ = split_slice(rest)
+        return f"{kind} {path.resolve().name}{rest[len(str(rest).rpartition('[')[0]) :] if rest.endswith(']') else ''}"
     return f"{kind} {Path(rest).resolve().name}"
 
 
-def _extent(spec: str) -> tuple[object, int, float]:
+def _extent(spec: str) -> tuple[object, float, float]:
     """Source, first and last position of the images that a spec names."""
     kind, _, rest = spec.partition(":")
     if kind == "npz":
         path, part = split_slice(rest)
         start, stop, _ = part.indices(len(open_npz(path, ("images",))["images"]))
         return sha256_of(path), start, stop
+    if kind in SLICED:
+        path, part = split_slice(rest)
+        first, last = part.start or 0, float("inf") if part.stop is None else part.stop
+        if first < 0 or last < 0:
+            first, last = 0, float("inf")  # from the end: how many there are is not known here
+        path = camvid_folders(path)[0] if kind == "camvid" else path
+        return path.resolve(), first, last
     source = rest if kind == "digits" else Path(rest).resolve()
     return source, 0, float("inf")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor
 
 from zsq.errors import BadInput
-
-INSTALL = 'pip install "zsq[eval]"'
+from zsq.extras import optional
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,13 @@ class Found:
     Attributes:
         read: gives images [a, b) as uint8 [b - a, h, w, c]; RGB for three channels.
         count: number of images.
-        labels: shape [count], int64; empty where only pixels were asked for.
+        labels: shape [count], int64, of a set of classified images; empty of another set, or where only pixels were
+            asked for.
         sha256: of the file, or of names and bytes of all files.
         source: what the images come from: equal for equal sources.
         start: position of the first image within that source.
+        truths: gives what is true of images [a, b): int64 masks [b - a, h, w], or `Boxes` of each image; None for
+            classified images.
     """
 
     read: Callable[[int, int], Tensor]
@@ -39,6 +40,7 @@ class Found:
     sha256: str
     source: str
     start: int = 0
+    truths: Callable[[int, int], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,25 +51,13 @@ class Shape:
         image: (c, h, w).
         resize: shorter side to resize to, for files of any size.
         crop: side of the centre crop.
+        stretch: resize image files to (h, w) as they are, whatever their aspect, instead.
     """
 
     image: tuple[int, int, int]
     resize: int | None = None
     crop: int | None = None
-
-
-def optional(module: str, package: str, what: str) -> Any:
-    """Import a module of the [eval] extra.
-
-    Raises:
-        BadInput: if its package is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BadInput(
-            what, expected=f"package {package}", got=f"{error}", fix=f"Install it with {INSTALL}."
-        ) from error
+    stretch: bool = False
 
 
 def sha256_of(path: Path) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zsq.data.files import Found, Shape, optional, sha256_of
+from zsq.data.files import Found, Shape, sha256_of
 from zsq.errors import BadInput
+from zsq.extras import optional
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
@@ -95,7 +97,7 @@ def _listed(folder: Path) -> list[tuple[Path, int]]:
 
 
 def open_image(path: Path, shape: Shape) -> Tensor:
-    """Decode one file, resize its shorter side, crop its centre.
+    """Decode one file; resize its shorter side and crop its centre, or stretch it.
 
     Args:
         path: the file.
@@ -116,7 +118,9 @@ def open_image(path: Path, shape: Shape) -> Tensor:
         raise BadInput(
             f"image {path}", expected="a readable image", got=f"{error}", fix="Replace or remove it."
         ) from error
-    if shape.resize is not None:
+    if shape.stretch:
+        picture = picture.resize((w, h), pil.Resampling.BILINEAR)
+    elif shape.resize is not None:
         width, height = picture.size
         short = min(width, height)
         size = (int(shape.resize * width / short), int(shape.resize * height / short))
@@ -132,3 +136,48 @@ def open_image(path: Path, shape: Shape) -> Tensor:
             fix="Set --resize (shorter side) and --crop.",
         )
     return torch.from_numpy(np.array(picture)).reshape(h, w, c)
+
+
+def listed_set(
+    rows: Sequence[tuple[Path, Path | None]], part: slice, shape: Shape, folder: Path,
+    truth: Callable[[int], Any] | None, subject: str,
+) -> Found:  # fmt: skip
+    """A set of image files in order, each with what is true of it.
+
+    Args:
+        rows: image files and, where each has one, the file that belongs to it; all in the order of the set.
+        part: which of them.
+        shape: what the images must become.
+        folder: names in the checksum are relative to it.
+        truth: gives what is true of the image at a position of `rows`; None where only pixels are wanted.
+        subject: how messages name the set.
+
+    Raises:
+        BadInput: if there is none in that slice, or the first file that is no image.
+    """
+    pil = optional("PIL.Image", "pillow", subject)
+    chosen = range(len(rows))[part]
+    if not chosen:
+        expected, got = (f"a slice of its {len(rows)} images", "an empty one") if rows else ("images", "none")
+        raise BadInput(subject, expected=expected, got=got, fix="Choose other bounds, or check the path.")
+    digest = hashlib.sha256()
+    for index, paths in enumerate(rows):
+        for path in paths:
+            if path is not None:
+                digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+        if index in chosen:
+            try:
+                pil.open(paths[0]).close()  # reads the head only
+            except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
+                raise BadInput(f"image {paths[0]}", expected="a readable image", got=f"{error}",
+                               fix="Replace or remove it.") from error  # fmt: skip
+
+    def truths(a: int, b: int) -> Any:
+        found = [truth(index) for index in chosen[a:b]] if truth is not None else []
+        return torch.stack(found) if found and isinstance(found[0], Tensor) else found
+
+    return Found(
+        lambda a, b: torch.stack([open_image(rows[index][0], shape) for index in chosen[a:b]]),
+        len(chosen), torch.empty(0, dtype=torch.int64), digest.hexdigest(), str(folder.resolve()), chosen[0],
+        None if truth is None else truths,
+    )  # fmt: skip

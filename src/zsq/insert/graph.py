@@ -90,6 +90,8 @@ def trace(root: nn.Module, leaf: frozenset[str]) -> fx.Graph:
     Raises:
         BadInput: if the forward depends on the values of its input; names the source line and the ways out.
     """
+    if isinstance(root, Shortened):  # traced before, with the scope of every call, which a second trace would lose
+        return copy.deepcopy(root.graph)
     tracer = _Tracer(leaf, proxy_buffers=True)
     try:
         graph = tracer.trace(root)
@@ -140,7 +142,7 @@ def make_functional(graph: fx.Graph, ops: Mapping[fx.Node, Op], modules: Mapping
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         first = node.args[0] if node.args else None
-        if not ops[node].data or not isinstance(first, fx.Node) or not ops[first].data or not _in_place(node, modules):
+        if not ops[node].data or not isinstance(first, fx.Node) or not ops[first].data or not in_place(node, modules):
             continue
         now = position[node]
         first.replace_all_uses_with(node, lambda user, now=now: bool(position[user] > now))  # type: ignore[misc]
@@ -155,7 +157,8 @@ def make_functional(graph: fx.Graph, ops: Mapping[fx.Node, Op], modules: Mapping
             module.inplace = False  # type: ignore[assignment]
 
 
-def _in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a call changes the tensor it is given."""
     if node.op == "call_module":
         return getattr(modules[str(node.target)], "inplace", False) is True
     if node.op == "call_method":
@@ -163,8 +166,8 @@ def _in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return node.target in _OUT_OF_PLACE or node.kwargs.get("inplace") is True
 
 
-class Student(fx.GraphModule):
-    """A network that runs its graph and keeps the modules, names and state-dict keys of the network it was traced from.
+class _Rooted(fx.GraphModule):
+    """Runs a graph and keeps the modules, names and state-dict keys of the network it was traced from.
 
     Args:
         root: holds every module, also those the graph never calls.
@@ -182,16 +185,25 @@ class Student(fx.GraphModule):
             self.__dict__.setdefault(key, value)
         self.eval()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Student:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Rooted:
         root = nn.Module()
         skip = {"_graph", "_code"}
         root.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key not in skip}
-        twin = Student(root, copy.deepcopy(self._graph), self._name)
+        kind = type(self).__mro__[1]  # the class itself is this instance's own, made by torch to hold its forward
+        twin = kind(root, copy.deepcopy(self._graph), self._name)
         memo[id(self)] = twin
         twin.train(self.training)
         for ours, theirs in zip(self.modules(), twin.modules(), strict=True):
             theirs.training = ours.training
         return twin
 
+
+class Student(_Rooted):
+    """A network with quantizers, as its graph says."""
+
     def __reduce__(self) -> Any:
         raise TypeError("a student is not pickled: save its state_dict, and rebuild it with quantize(teacher, spec)")
+
+
+class Shortened(_Rooted):
+    """A float network that ends earlier than it was written: its graph has another output."""

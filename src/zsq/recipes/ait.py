@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-from zsq import losses
 from zsq.fit import calibrate, fit
 from zsq.insert import QuantSpec, codes_and_latents, quantize, quantized_weights
 from zsq.inundation import GradientInundation
@@ -135,7 +134,7 @@ def ait(
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 
     def student_loss(s: View, t: View, batch: Batch) -> dict[str, Tensor]:  # the labels are not used: that is the point
-        return {"kl": losses.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction)}
+        return {"kl": teacher.outputs.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction)}
 
     sgd = SGD(student.parameters(), plan.lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     decay = MultiStepLR(sgd, later, gamma=0.1)

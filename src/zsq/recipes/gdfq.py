@@ -21,7 +21,7 @@ from zsq.insert import QuantSpec, codes_and_latents, quantize
 from zsq.presets import RANGES, Outcome, choose, feed, generator_budget, settle, student_milestones
 from zsq.quantizer import LiveMinMax
 from zsq.run import Run
-from zsq.sources.base import Batch, Source
+from zsq.sources.base import Batch, Source, require_image_labels
 from zsq.sources.generator import GeneratorSource
 from zsq.teachers import Teacher
 from zsq.view import View
@@ -50,6 +50,7 @@ def source(
         bn_weight: weight of the statistics term.
         lr: of Adam, betas (0.5, 0.999).
     """
+    require_image_labels(teacher, "gdfq")
 
     def generator_loss(t: View, batch: Batch) -> dict[str, Tensor]:
         return {"g_ce": losses.cross_entropy(t.logits, batch.labels), "g_bns": bn_weight * losses.bn_gap(t.norms)}
@@ -129,7 +130,7 @@ def gdfq(
 
     def student_loss(s: View, t: View, batch: Batch) -> dict[str, Tensor]:
         return {
-            "kl": kl_weight * losses.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction),
+            "kl": kl_weight * teacher.outputs.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction),
             "ce": ce_weight * losses.cross_entropy(s.logits, batch.labels),
         }
 

@@ -22,7 +22,7 @@ from zsq.promotion import promoted
 from zsq.quantizer import LiveMinMax
 from zsq.recipes.gdfq import source as gdfq_source
 from zsq.run import Run
-from zsq.sources.base import Batch, Source
+from zsq.sources.base import Batch, Source, require_image_labels
 from zsq.sources.crops import CropSource, reinforce
 from zsq.sources.noise_pool import NoiseSource
 from zsq.teachers import Teacher
@@ -64,6 +64,7 @@ def source(
         beta: weight of the class loss; 10 up to 64 pixels, 0.1 above.
         gamma: exponent of the difficulty; 2 up to 64 pixels, 0.5 above.
     """
+    require_image_labels(teacher, "hast")
     row = settle(choose("--fidelity", fidelity, FIDELITY), image_lr=image_lr)
     small = max(teacher.image[1:]) <= 64
     weight, power = (10.0, 2.0) if small else (0.1, 0.5)
@@ -160,7 +161,7 @@ def hast(
     seen: Source = batches if plan.ranges_from == "pool" else gdfq_source(teacher, batch=16, milestones=())
     calibrate(student, seen, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 
-    step = promoted(student, teacher.net, spec, kl_weight=kl_weight, temperature=temperature, alignment=plan.alignment,
+    step = promoted(student, teacher, spec, kl_weight=kl_weight, temperature=temperature, alignment=plan.alignment,
                     epsilon=plan.epsilon, promotion=plan.promotion)  # fmt: skip
     sgd = SGD(student.parameters(), plan.lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     decay = MultiStepLR(sgd, milestones_at(plan.decay_at, plan.steps), gamma=0.1)

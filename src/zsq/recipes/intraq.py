@@ -22,7 +22,7 @@ from zsq.presets import RANGES, Outcome, choose, feed, milestones_at, noise_budg
 from zsq.quantizer import LiveMinMax
 from zsq.recipes.gdfq import source as gdfq_source
 from zsq.run import Run
-from zsq.sources.base import Batch, Source
+from zsq.sources.base import Batch, Source, require_image_labels
 from zsq.sources.crops import CropSource, reinforce
 from zsq.sources.generator import Loss
 from zsq.sources.noise_pool import Group, NoiseSource
@@ -73,6 +73,7 @@ def source(
         high: largest one.
         leaf: patterns of modules kept whole.
     """
+    require_image_labels(teacher, "intraq")
     kind = size_class(teacher.classes, teacher.image)
     near = settle(choose("--fidelity", fidelity, FIDELITY), margins(kind, fidelity),
                   target=target, low=low, high=high, image_lr=image_lr)  # fmt: skip
@@ -175,7 +176,7 @@ def intraq(
     calibrate(student, seen, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 
     def student_loss(s: View, t: View, batch: Batch) -> dict[str, Tensor]:
-        kl = losses.kl(s.logits, t.logits, temperature=temperature, reduction="batchmean")
+        kl = teacher.outputs.kl(s.logits, t.logits, temperature=temperature, reduction="batchmean")
         return {"kl": kl_weight * kl, "ce": ce_weight * losses.cross_entropy(s.logits, batch.labels)}
 
     sgd = SGD(student.parameters(), plan.lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)

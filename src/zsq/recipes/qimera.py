@@ -23,7 +23,7 @@ from zsq.insert import QuantSpec, codes_and_latents, quantize
 from zsq.presets import RANGES, Outcome, choose, feed, generator_budget, settle, student_milestones
 from zsq.quantizer import LiveMinMax
 from zsq.run import Run
-from zsq.sources.base import Batch, Source
+from zsq.sources.base import Batch, Source, require_image_labels
 from zsq.sources.generator import GeneratorSource
 from zsq.sources.superposed import first_embedding, published, superposed_latents
 from zsq.teachers import Teacher
@@ -62,6 +62,7 @@ def source(
         bn_weight: weight of the statistics term.
         lr: of Adam, betas (0.5, 0.999).
     """
+    require_image_labels(teacher, "qimera")
     net = settle(
         published(teacher, weight_bits), choose("--fidelity", fidelity, FIDELITY),
         superposed=superposed, slots=slots, embedding=embedding, disentangle=disentangle,
@@ -169,7 +170,7 @@ def qimera(
 
     def student_loss(s: View, t: View, batch: Batch) -> dict[str, Tensor]:  # soft labels: rows of the mixture
         return {
-            "kl": kl_weight * losses.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction),
+            "kl": kl_weight * teacher.outputs.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction),
             "ce": ce_weight * losses.cross_entropy(s.logits, batch.labels),
         }
 

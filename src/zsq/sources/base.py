@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from zsq.errors import BadInput
 from zsq.view import View
 
 if TYPE_CHECKING:
     from zsq.run import Run
+    from zsq.teachers import Teacher
 
 
 class Batch(NamedTuple):
@@ -75,3 +77,21 @@ def prepare(source: Source, run: Run) -> None:
     """Let a source do what it has to do before its first draw; nothing for most."""
     if isinstance(source, Prepared):
         source.prepare(run)
+
+
+def require_image_labels(teacher: Teacher, source: str) -> None:
+    """Refuse to make images for a class where an image has none.
+
+    Args:
+        teacher: what the images are made for.
+        source: name of the source.
+
+    Raises:
+        BadInput: naming sources that need no class.
+    """
+    if not teacher.outputs.image_labels:
+        raise BadInput(
+            f"source {source}", expected="a teacher that gives every image one class, because its images are made for "
+            "a class", got=f"{teacher.name}, whose task is to {teacher.task}",
+            fix="Use images that need none: recipe zeroq, recipe ait with --base zeroq, or --images FILE.",
+        )  # fmt: skip

@@ -16,6 +16,7 @@ from zsq.sources.generator import Loss, autocast, learning
 from zsq.view import View, frozen, look
 
 if TYPE_CHECKING:
+    from zsq.tasks import Task
     from zsq.teachers import Teacher
 
 PROBE_SEED = 20030
@@ -40,14 +41,13 @@ def total_variation(images: Tensor) -> Tensor:
     return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
 
 
-def image_loss(classes: int, *, class_weight: float = 1.0, bn_weight: float = 1.0, smooth_weight: float = 1.0) -> Loss:
+def image_loss(task: Task, *, class_weight: float = 1.0, bn_weight: float = 1.0, smooth_weight: float = 1.0) -> Loss:
     """The usual objective of optimised images: their class, and looking natural to the teacher.
 
     Natural means the teacher's BatchNorm statistics where it has them, and smoothness where it has none.
 
     Args:
-        classes: number of classes. Outputs with another number of channels (a detector's) get no class term; dense ones
-            [b, k, h, w] are averaged over positions.
+        task: reads "this image shows class k" off a raw output; a task that cannot gets no class term.
         class_weight: weight of the cross entropy.
         bn_weight: weight of `bn_gap`.
         smooth_weight: weight of the total variation, for teachers without BatchNorm only.
@@ -62,8 +62,8 @@ def image_loss(classes: int, *, class_weight: float = 1.0, bn_weight: float = 1.
             terms["bn"] = bn_weight * bn_gap(view.norms)
         else:
             terms["smooth"] = smooth_weight * total_variation(batch.images)
-        if batch.labels is not None and view.logits.dim() >= 2 and view.logits.shape[1] == classes:
-            logits = view.logits if view.logits.dim() == 2 else view.logits.flatten(2).mean(-1)
+        logits = None if batch.labels is None else task.image_logits(view.logits)
+        if logits is not None:
             terms["class"] = class_weight * cross_entropy(logits, batch.labels)
         return terms
 
@@ -159,7 +159,7 @@ def balanced_labels(classes: int, count: int, rng: torch.Generator) -> Tensor:
 
 def probe_images(
     teacher: Teacher,
-    count: int = 256,
+    count: int | None = None,
     *,
     steps: int = 40,
     batch: int = 128,
@@ -169,7 +169,8 @@ def probe_images(
 
     Args:
         teacher: any teacher; without BatchNorm the images follow class and smoothness only.
-        count: number of images, balanced over the classes.
+        count: number of images, balanced over the classes; a quarter of what a comparison of this task takes if not
+            given: 256 for a classifier.
         steps: Adam steps per batch.
         batch: images optimised together.
         progress: called with (steps done, steps in all).
@@ -178,6 +179,6 @@ def probe_images(
         Images [count, c, h, w], float32, in the teacher's normalised space. The same bits each time on one machine.
     """
     rng = torch.Generator().manual_seed(PROBE_SEED)
-    labels = balanced_labels(teacher.classes, count, rng)
-    loss = image_loss(teacher.classes, class_weight=_PROBE_CLASS_WEIGHT)
+    labels = balanced_labels(teacher.classes, count or teacher.outputs.held_out // 4, rng)
+    loss = image_loss(teacher.outputs, class_weight=_PROBE_CLASS_WEIGHT)
     return synthesise(teacher, labels, loss, steps=steps, rng=rng, batch=batch, lr=0.2, progress=progress)

@@ -6,13 +6,17 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zsq.errors import BadInput
-from zsq.teachers import nets, zoos
+from zsq.tasks import TASKS, Outline, Task
+from zsq.teachers import zoos
+from zsq.teachers.embedded import EMBEDDED, FOLDER
 from zsq.teachers.facts import Facts, fit_together, read_facts
+from zsq.teachers.raw import find_raw
 from zsq.teachers.weight_files import (
     check_finite,
     fingerprint,
@@ -22,17 +26,15 @@ from zsq.teachers.weight_files import (
     read_weights,
 )  # fmt: skip
 
-FOLDER = Path(__file__).parent.parent / "weights"
-
 
 @dataclass(frozen=True)
 class Teacher:
     """A float network that a student learns from.
 
     Attributes:
-        net: the network; eval mode, no parameter requires a gradient.
+        net: the network; eval mode, no parameter requires a gradient. It gives the raw output of its task.
         name: short name for summaries; of a user's file only its last part.
-        task: ``"classify"``: [b, c, h, w] to logits [b, classes].
+        task: name of what it does: ``"classify"``, ``"segment"`` or ``"detect"``.
         classes: number of classes.
         image: input shape (c, h, w).
         mean: mean per channel in 0..1 units, in the network's channel order; None if nobody said.
@@ -41,6 +43,8 @@ class Teacher:
         resize: shorter side that test images are resized to; None keeps their size.
         crop: side of the centre crop; None does not crop.
         fingerprint: SHA-256 over names, shapes and bytes of parameters and buffers.
+        outputs: what the raw output means: its parts, losses on it, how it is scored. Made from task and classes if not
+            given, as far as these suffice.
     """
 
     net: nn.Module
@@ -54,6 +58,12 @@ class Teacher:
     resize: int | None = None
     crop: int | None = None
     fingerprint: str = ""
+    outputs: Task = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        if self.outputs is None:
+            plain: Any = TASKS[self.task]
+            object.__setattr__(self, "outputs", plain(self.classes))
 
     @property
     def device(self) -> torch.device:
@@ -93,34 +103,7 @@ class Teacher:
         return x.sub_(mean).div_(std)
 
 
-@dataclass(frozen=True)
-class _Embedded:
-    build: Callable[[], nn.Module]
-    weights: str
-    facts: Facts
-    about: str
-
-
-EMBEDDED = {
-    "digits": _Embedded(
-        nets.digits_net,
-        "digits.safetensors",
-        Facts("classify", 10, (1, 8, 8), (0.305,), (0.376,)),
-        "small residual network for scikit-learn's 8x8 digits; top-1 99.50 % on the 599 held out",
-    ),
-    "resnet20-cifar10": _Embedded(
-        lambda: nets.resnet20(10),
-        "resnet20_cifar10.safetensors",
-        Facts("classify", 10, (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        "ResNet-20 with projection shortcuts, CIFAR-10; top-1 90.92 % on cifar10_test.npz[2000:]",
-    ),
-    "resnet20-cifar100": _Embedded(
-        lambda: nets.resnet20(100),
-        "resnet20_cifar100.safetensors",
-        Facts("classify", 100, (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        "ResNet-20 with projection shortcuts, CIFAR-100; top-1 64.33 % on cifar100_test.npz[2000:]",
-    ),
-}
+__all__ = ["EMBEDDED", "Teacher", "load_teacher", "make_teacher", "teacher_names"]
 
 _ZOOS = {"torchvision": zoos.from_torchvision, "timm": zoos.from_timm, "pytorchcv": zoos.from_pytorchcv}
 
@@ -144,6 +127,9 @@ def load_teacher(
     channels: str | None = None,
     resize: int | None = None,
     crop: int | None = None,
+    raw: Sequence[str] | str | None = None,
+    decode: str | Callable[[Any], Any] | None = None,
+    leaf: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> Teacher:
     """Find, load and check a float network. Arguments win over what its origin says about it.
@@ -161,6 +147,9 @@ def load_teacher(
         channels: ``"rgb"`` or ``"bgr"``.
         resize: shorter side that test images are resized to.
         crop: side of the centre crop of test images.
+        raw: paths of the modules that give the raw output; found if nobody says.
+        decode: of a detector, a function that makes boxes, or FILE.py:F, which names one and runs that file.
+        leaf: patterns of modules kept whole where tracing fails.
         device: where to put the network.
 
     Returns:
@@ -185,6 +174,8 @@ def load_teacher(
             "channels": channels,
             "resize": resize,
             "crop": crop,
+            "raw": raw,
+            "decode": zoos.function_of(decode) if isinstance(decode, str) else decode,
         }
     )
     kind, _, rest = name.partition(":")
@@ -208,24 +199,27 @@ def load_teacher(
         raise _unknown(name)
     if weights is not None:
         load_weights(found.net, read_weights(weights), name=str(weights))
-    return make_teacher(found.net, said.or_else(found.facts), name=short, device=device)
+    return make_teacher(found.net, said.or_else(found.facts), name=short, leaf=leaf, device=device)
 
 
-def make_teacher(net: nn.Module, facts: Facts, *, name: str, device: torch.device | str = "cpu") -> Teacher:
+def make_teacher(
+    net: nn.Module, facts: Facts, *, name: str, leaf: Sequence[str] = (), device: torch.device | str = "cpu"
+) -> Teacher:
     """Make a teacher of a network in memory; the network itself is frozen, put into eval mode and moved.
 
     Args:
         net: a network with trained weights.
         facts: at least the image shape.
         name: short name for summaries.
+        leaf: patterns of modules kept whole where tracing fails.
         device: where to put the network.
 
     Returns:
         The teacher, checked with one forward of two black images.
 
     Raises:
-        BadInput: if weights or output are not finite, the network refuses images of that shape, or the number of
-            classes is not the width of its output.
+        BadInput: if weights or output are not finite, the network refuses images of that shape, or its output does not
+            fit its task or the number of classes.
     """
     image = facts.image
     if image is None:
@@ -236,30 +230,34 @@ def make_teacher(net: nn.Module, facts: Facts, *, name: str, device: torch.devic
     net = net.to(device).eval().requires_grad_(False)
     check_finite(named_tensors(net), name=name)
     flush_denormals(net)
-    classes = _output_width(net, image, name, device)
-    if facts.classes not in (None, classes):
-        raise BadInput(
-            "--classes",
-            expected=f"{classes}, the width of the output of {name}",
-            got=facts.classes,
-            fix="Correct the number, or leave it out.",
-        )
+    _first_output(net, image, name, device)  # whatever is wrong shows in the network as it was given
+    task, key = facts.task or "classify", fingerprint(net)
+    raw = find_raw(net, image, task=task, classes=facts.classes, modules=facts.raw or (), leaf=leaf)
+    out = _first_output(raw.net, image, name, device)
+    if not isinstance(out, Tensor) or out.dim() < 2 or len(out) != 2:
+        got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise BadInput(f"teacher {name}", expected="one tensor [batch, ...], e.g. logits of shape [batch, classes]",
+                       got=got, fix="Wrap the network so that it returns one tensor, or name the modules that give "
+                       "its raw outputs with --raw MODULE,MODULE.")  # fmt: skip
+    outline = Outline(facts.classes, raw.parts, facts.decode, raw.joined)
+    outputs = TASKS[task].of(out, outline, name=name)
     return Teacher(
-        net=net,
+        net=raw.net,
         name=name,
-        task=facts.task or "classify",
-        classes=classes,
+        task=task,
+        classes=outputs.classes,
         image=image,
         mean=facts.mean,
         std=facts.std,
         channels=facts.channels or "rgb",
         resize=facts.resize,
         crop=facts.crop,
-        fingerprint=fingerprint(net),
+        fingerprint=key,
+        outputs=outputs,
     )
 
 
-def _output_width(net: nn.Module, image: tuple[int, int, int], name: str, device: torch.device | str) -> int:
+def _first_output(net: nn.Module, image: tuple[int, int, int], name: str, device: torch.device | str) -> object:
     """Run the network once on two black images and check what comes out."""
     shape = "x".join(map(str, image))
     try:
@@ -273,14 +271,10 @@ def _output_width(net: nn.Module, image: tuple[int, int, int], name: str, device
             got=f"{type(error).__name__} in its forward: {reason}",
             fix="Give the shape the network was trained on as --image CxHxW.",
         ) from error
-    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != 2:
-        got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise BadInput(f"teacher {name}", expected="logits of shape [batch, classes]", got=got,
-                       fix="Wrap the network so that it returns the logits alone.")  # fmt: skip
-    if not bool(out.isfinite().all()):
+    if isinstance(out, Tensor) and not bool(out.isfinite().all()):
         raise BadInput(f"teacher {name}", expected="finite logits for a black image", got="NaN or infinity",
                        fix="Check the weights, above all BatchNorm's running_var (never negative).")  # fmt: skip
-    return out.shape[1]
+    return out
 
 
 def _unknown(name: str) -> BadInput:

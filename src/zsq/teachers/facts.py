@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from zsq.errors import BadInput
 
-TASKS = ("classify",)
+TASKS = ("classify", "segment", "detect")
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,12 @@ class Facts:
         mean: mean per channel in 0..1 units, in the order of the network's own channels.
         std: standard deviation per channel in 0..1 units, same order.
         channels: ``"rgb"`` or ``"bgr"``: the channel order the network wants.
-        resize: shorter side that test images are resized to before the crop; None keeps their size.
+        resize: shorter side that test images are resized to before the crop; None keeps the size of a classifier's
+            images and resizes a segmenter's or detector's to the input shape.
         crop: side of the centre crop of test images; None does not crop.
+        raw: paths of the modules whose outputs, side by side, are the raw output; None to find it.
+        decode: of a detector, turns what it returns (with `raw`, the tensors of those modules) into boxes [b, n, 6]:
+            x1, y1, x2, y2 in units of the image's sides, score, class.
     """
 
     task: str | None = None
@@ -34,6 +38,8 @@ class Facts:
     channels: str | None = None
     resize: int | None = None
     crop: int | None = None
+    raw: tuple[str, ...] | None = None
+    decode: Callable[[Any], Any] | None = None
 
     def or_else(self, other: Facts) -> Facts:
         """These facts, completed by those of `other`.
@@ -82,6 +88,10 @@ def read_facts(table: Mapping[str, Any], *, where: str = "") -> Facts:
     for key in ("classes", "resize", "crop"):
         if key in given:
             given[key] = _whole(given[key], 2 if key == "classes" else 1, say(key))
+    if "raw" in given:
+        given["raw"] = _paths(given["raw"], say("raw"))
+    if "decode" in given and not callable(given["decode"]):
+        raise BadInput(say("decode"), expected="a function", got=repr(given["decode"]), fix="Give the function itself.")
     if "image" in given:
         given["image"] = _image(given["image"], say("image"))
     for key, low, high in (("mean", 0.0, 1.0), ("std", 1e-6, 10.0)):
@@ -136,6 +146,12 @@ def fit_together(facts: Facts, image: tuple[int, int, int]) -> Facts:
                 fix=f"Give one --{key} per channel.",
             )
         wide[key] = values * c if values is not None and len(values) == 1 else values
+    if facts.task in ("segment", "detect") and (facts.crop is not None or facts.resize not in (None, min(h, w))):
+        raise BadInput(
+            "--crop" if facts.crop is not None else "--resize",
+            expected=f"nothing for a network that has to {facts.task}: images are resized to {h}x{w} as they are",
+            got=facts.crop or facts.resize, fix="Leave it out; masks and boxes lie over the whole image.",
+        )  # fmt: skip
     return replace(facts, **wide, task=facts.task or "classify", channels=facts.channels or "rgb")
 
 
@@ -170,3 +186,11 @@ def _per_channel(value: object, low: float, high: float, subject: str) -> tuple[
             fix="Divide values for pixels in 0..255 by 255.",
         )
     return tuple(float(n) for n in numbers)
+
+
+def _paths(value: object, subject: str) -> tuple[str, ...]:
+    names = tuple(value.split(",")) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise BadInput(subject, expected="paths of modules, MODULE[,MODULE]", got=repr(value),
+                       fix="Paths are those of net.named_modules(), e.g. head.classes,head.boxes.")  # fmt: skip
+    return names

@@ -82,7 +82,27 @@ def from_file(text: str) -> Found:
     facts = getattr(module, "ZSQ", {})
     if not isinstance(facts, dict):
         raise BadInput(f"{path.name}: ZSQ", expected="a dictionary", got=type(facts).__name__, fix="Write ZSQ = {...}.")
+    if isinstance(facts.get("decode"), str):  # the name of a function of the same file
+        facts = facts | {"decode": getattr(module, facts["decode"], facts["decode"])}
     return Found(net, read_facts(facts, where=f"{path.name}: ZSQ"))
+
+
+def function_of(text: str) -> Callable[[Any], Any]:
+    """The function that ``FILE.py:F`` names; runs that file.
+
+    Raises:
+        BadInput: if the file or the function is missing, or the file fails.
+    """
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise BadInput(f"--decode {text}", expected="FILE.py:F with an existing file", got=f"no file {file!r}",
+                       fix="Check the path.")  # fmt: skip
+    found = getattr(_run(Path(file)), name, None)
+    if not callable(found):
+        raise BadInput(f"--decode {text}", expected=f"a function {name!r} in {Path(file).name}",
+                       got="nothing of that name" if found is None else type(found).__name__,
+                       fix="Name a function of the file.")  # fmt: skip
+    return found
 
 
 def _run(path: Path) -> ModuleType:
