@@ -24,6 +24,7 @@ _HOME = {
     "load_teacher": "zsq.teachers",
     "calibrate": "zsq.fit",
     "fit": "zsq.fit",
+    "reconstruct": "zsq.reconstruction",
     "produce": "zsq.pipeline",
     "evaluate": "zsq.finished",
     "analyse": "zsq.analysis",

@@ -115,7 +115,7 @@ def quantize(model: nn.Module, spec: QuantSpec | None = None) -> tuple[nn.Module
         _attach(traced, layer, path)
     student = Student(root, traced.graph, type(model).__name__)
     site_rows = tuple(SiteRow(s.name, s.op, quantizers[s.node].bits, s.where) for s in sites)
-    return student, QuantReport(spec.placement, tuple(rows), site_rows, floats, _count(student, layers), notes)
+    return student, QuantReport(spec.placement, tuple(rows), site_rows, floats, _count(student, layers), notes, spec)
 
 
 def _copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

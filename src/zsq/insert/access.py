@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -48,20 +49,75 @@ def quantized_weights(student: nn.Module) -> list[QuantizedWeight]:
         One entry per parameter. Layers whose weight is computed from several parameters of other shapes are left out.
     """
     found: dict[int, QuantizedWeight] = {}
-    functions: Any = getattr(_require_student(student), FUNCTIONS, None)
-    names = {f"{FUNCTIONS}.{key}": name for name, key in functions.names.items()} if functions is not None else {}
-    for place, layer in student.named_modules():
-        path = getattr(layer, "weight_path", None)
-        if not isinstance(path, WeightPath) or not path.parameter:
+    for name, path, latent in weight_paths(student).values():
+        if latent is None:
             continue
-        latent = (student if place in names else layer).get_parameter(path.parameter)
 
         def grid(values: Tensor | None = None, *, path: WeightPath = path, latent: nn.Parameter = latent) -> Grid:
             return path.latent_grid(latent if values is None else values)
 
-        weight = QuantizedWeight(names.get(place, place), latent, grid, path.quantizer.bits, path.quantizer.axis)
+        weight = QuantizedWeight(name, latent, grid, path.quantizer.bits, path.quantizer.axis)
         found.setdefault(id(latent), weight)
     return list(found.values())
+
+
+class NamedPath(NamedTuple):
+    """How one layer's weight is rounded.
+
+    Attributes:
+        name: name of the layer.
+        path: from its latent weight to the one it computes with.
+        latent: the latent parameter; None if the weight is computed from several.
+    """
+
+    name: str
+    path: WeightPath
+    latent: nn.Parameter | None
+
+
+def weight_paths(student: nn.Module) -> dict[str, NamedPath]:
+    """Give every layer with a quantized weight, by the path of the module that computes with it.
+
+    Args:
+        student: from `quantize`.
+    """
+    functions: Any = getattr(_require_student(student), FUNCTIONS, None)
+    names = {f"{FUNCTIONS}.{key}": name for name, key in functions.names.items()} if functions is not None else {}
+    found = {}
+    for place, layer in student.named_modules():
+        path = getattr(layer, "weight_path", None)
+        if isinstance(path, WeightPath):
+            owner = student if place in names else layer
+            latent = owner.get_parameter(path.parameter) if path.parameter else None
+            found[place] = NamedPath(names.get(place, place), path, latent)
+    return found
+
+
+def float_twin(student: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Copy a student into the float network it stands for, call by call the same graph.
+
+    Args:
+        student: from `quantize`; it is left as it was.
+        state: state dict of the float network.
+
+    Returns:
+        A copy with these weights whose quantizers pass everything on; folded BatchNorms stay folded.
+
+    Raises:
+        BadInput: if the state is that of another network.
+    """
+    twin = copy.deepcopy(_require_student(student))
+    left_over = twin.load_state_dict(dict(state), strict=False).unexpected_keys
+    if left_over:
+        got = f"a state with {', '.join(left_over[:3])}"
+        raise BadInput("teacher", expected="the network that the student was made from", got=got,
+                       fix="Quantize this teacher.")  # fmt: skip
+    for quantizer in activation_quantizers(twin).values():
+        quantizer.__dict__["forward"] = _unchanged
+    for module in twin.modules():
+        if isinstance(module, WeightPath):
+            module.active = False
+    return twin.eval().requires_grad_(False)
 
 
 def codes_and_latents(student: nn.Module) -> dict[str, Tensor]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
+
+from zsq.insert.spec import QuantSpec
 
 
 class WeightRow(NamedTuple):
@@ -45,6 +47,7 @@ class QuantReport:
         floats: one row per tensor (or kind of tensor) that stays float.
         quantized_values: number of weight values with a quantizer; a shared parameter counts once.
         notes: what else differs from the network that was given.
+        spec: what was asked for, with the range rules that the student has: what rebuilds it.
     """
 
     placement: str
@@ -53,15 +56,17 @@ class QuantReport:
     floats: tuple[FloatRow, ...]
     quantized_values: int
     notes: tuple[str, ...] = ()
+    spec: QuantSpec | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Give the same as plain lists and dictionaries."""
-        plain = asdict(self)
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
         for kind in ("weights", "sites", "floats"):
             plain[kind] = [row._asdict() for row in getattr(self, kind)]
         for row in plain["weights"]:
             row["shape"] = list(row["shape"])
-        return plain | {"notes": list(self.notes)}
+        spec = {} if self.spec is None else {"spec": self.spec.to_json()}
+        return plain | {"notes": list(self.notes)} | spec
 
     def __str__(self) -> str:
         head = (

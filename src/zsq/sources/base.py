@@ -95,3 +95,26 @@ def require_image_labels(teacher: Teacher, source: str) -> None:
             "a class", got=f"{teacher.name}, whose task is to {teacher.task}",
             fix="Use images that need none: recipe zeroq, recipe ait with --base zeroq, or --images FILE.",
         )  # fmt: skip
+
+
+@runtime_checkable
+class Finite(Protocol):
+    """A source with a fixed set of images."""
+
+    def pick(self, count: int, rng: torch.Generator) -> Batch:
+        """Up to `count` of the images that `draw` draws from, in a random order, each at most once."""
+        ...
+
+
+def distinct_images(source: Source, count: int, rng: torch.Generator) -> Tensor:
+    """Up to `count` different images of a source, for methods that work on a set instead of batches.
+
+    Args:
+        source: asked for the images it trains on if it has a fixed set of them, else (a generator) for fresh ones.
+        count: how many.
+        rng: of the choice.
+
+    Returns:
+        Images [n, c, h, w].
+    """
+    return (source.pick if isinstance(source, Finite) else source.sample)(count, rng).images

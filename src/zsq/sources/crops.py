@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zsq.run import Run
-from zsq.sources.base import Batch, Source, prepare
+from zsq.sources.base import Batch, Source, distinct_images, prepare
 
 
 def crop_boxes(
@@ -113,6 +113,10 @@ class CropSource:
     def sample(self, count: int, rng: torch.Generator) -> Batch:
         """Whole images of the source."""
         return self._source.sample(count, rng)
+
+    def pick(self, count: int, rng: torch.Generator) -> Batch:
+        """Whole images of the source, each at most once."""
+        return Batch(distinct_images(self._source, count, rng))
 
     def state_dict(self) -> dict[str, Any]:
         return self._source.state_dict()

@@ -254,6 +254,10 @@ class NoiseSource:
         """Up to `count` held-out images, in a random order, each at most once."""
         return self._ready().sample(count, rng)
 
+    def pick(self, count: int, rng: torch.Generator) -> Batch:
+        """Up to `count` images of the part that is not held out, in a random order, each at most once."""
+        return self._ready().pick(count, rng)
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the pool is in the checkpoint of its own stage."""
         return {}

@@ -58,6 +58,10 @@ class PoolSource:
         held = len(self._images) - self._seen
         return self._pick(self._seen + torch.randperm(held, generator=rng)[:count])
 
+    def pick(self, count: int, rng: torch.Generator) -> Batch:
+        """Up to `count` images of the part that is not held out, in a random order, each at most once."""
+        return self._pick(torch.randperm(self._seen, generator=rng)[:count])
+
     def _pick(self, index: Tensor) -> Batch:
         index = index.to(self._images.device)
         return Batch(self._images[index], None if self._labels is None else self._labels[index])
