@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from zsq import losses
-from zsq.insert.access import NamedPath, float_twin, weight_paths
-from zsq.quantizer import LearnedStep, Quantizer
+from zsq.insert.access import float_twin, weight_paths
+from zsq.quantizer import LearnedStep
 from zsq.reconstruction.blocks import Block
-from zsq.reconstruction.rounding import Adam, LearnedRounding, check_fixed, indecision, rectified_sigmoid
+from zsq.reconstruction.open_block import OpenBlock
+from zsq.reconstruction.rounding import check_fixed
 
 if TYPE_CHECKING:
     from zsq.run import Run
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 _CHUNK = 64  # images per forward wherever all of them pass
 _SETTLING = 0.2  # share of a block's steps before the regulariser begins
 _BETA = (20.0, 2.0)  # its exponent, first and last
-
-Draw = Callable[[Tensor], Tensor]
 
 
 class Settings(NamedTuple):
@@ -60,68 +57,6 @@ class Cache:
         """What a network makes of every image."""
         with torch.no_grad():
             return Cache([net(chunk.to(device)) for chunk in self.chunks])
-
-
-class OpenBlock:
-    """What is learned in one block.
-
-    Args:
-        rounded: layers whose rounding is learned.
-        learned: quantizers whose step and offset learn by their own gradient.
-        sites: activation quantizers of the block, by which values may pass unrounded.
-    """
-
-    def __init__(
-        self, rounded: Sequence[NamedPath], learned: Sequence[LearnedStep], sites: Sequence[Quantizer]
-    ) -> None:
-        self.roundings = [LearnedRounding(path, latent) for _, path, latent in rounded if latent is not None]
-        self._sites = sites
-        steps = [rounding.step for rounding in self.roundings if rounding.step.requires_grad]
-        own = [p for quantizer in learned for p in (quantizer.step, quantizer.offset) if p is not None]
-        units = [quantizer.step for quantizer in learned for p in (quantizer.step, quantizer.offset) if p is not None]
-        self.leaves: list[Tensor] = [*(rounding.v for rounding in self.roundings), *steps, *own]
-        ones = [torch.ones((), device=v.device) for v in self.leaves[: len(self.roundings)]]
-        self.adam = Adam(self.leaves, [*ones, *(unit.detach().abs().clone() for unit in (*steps, *units))])
-        changed = [r.latent for r in self.roundings] + [p for r in self.roundings for p in r.quantizer_parameters()]
-        self._changed = [*changed, *own]
-        self._before = [p.detach().clone() for p in self._changed]
-        self.error: Tensor | None = None  # of the block before anything was learned
-
-    def indecision(self, beta: float) -> Tensor:
-        """Of all its weights."""
-        return torch.stack([indecision(rectified_sigmoid(rounding.v), beta) for rounding in self.roundings]).sum()
-
-    @contextmanager
-    def soft(self, keep: Draw | None) -> Iterator[None]:
-        """Compute with soft weights, and pass on activations unrounded where `keep` says so."""
-        weights: list[Any] = [rounding.path.quantizer for rounding in self.roundings]
-        for quantizer, rounding in zip(weights, self.roundings, strict=True):
-            quantizer.__dict__["forward"] = rounding.weight
-        if keep is not None:
-            for site in self._sites:
-                site.__dict__["forward"] = partial(_unrounded_at_times, site, keep)
-        try:
-            yield
-        finally:
-            for module in (*weights, *self._sites):
-                module.__dict__.pop("forward", None)
-
-    def put_back(self) -> None:
-        """Undo everything that was learned."""
-        with torch.no_grad():
-            for parameter, before in zip(self._changed, self._before, strict=True):
-                parameter.copy_(before)
-
-    def state_dict(self) -> dict[str, Any]:
-        leaves = [leaf.detach() for leaf in self.leaves]
-        return {"leaves": leaves, "adam": self.adam.state_dict(), "before": self._before, "error": self.error}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for own, saved in zip([*self.leaves, *self._before], [*state["leaves"], *state["before"]], strict=True):
-                own.copy_(saved)
-        self.adam.load_state_dict(state["adam"])
-        self.error = state["error"].to(self._before[0].device) if self._before else state["error"]
 
 
 class Reconstruction:
@@ -325,7 +260,3 @@ def squared_error(found: Tensor, wanted: Tensor, weight: Tensor | None = None) -
     square = (found - wanted).square()
     total = (square if weight is None else square * weight).sum()
     return total / (square.numel() // square.shape[1] if square.dim() > 1 else square.numel())
-
-
-def _unrounded_at_times(site: Quantizer, keep: Draw, x: Tensor) -> Tensor:
-    return torch.where(keep(x), x, type(site).forward(site, x))
