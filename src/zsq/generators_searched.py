@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsq.errors import BadInput
-from zsq.generators import HIDDEN_EPS, BatchStatsNorm, batch_norm
+from zsq.generators import HIDDEN_EPS, BatchStatsNorm, batch_norm, conv_of_doubled
 
 _WIDTH = 64
 _SLOPE = 0.2
@@ -101,26 +101,41 @@ def count_parameters(
     return total
 
 
-class _Normalised:
-    """A tensor whose readers all begin with the same normalisation: computed once, on first use."""
+class _Node:
+    """A tensor whose readers all begin with the same normalisation: computed once, on first use.
 
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
+    A tensor made by nearest up-sampling is kept as the small tensor that it repeats.
+
+    Args:
+        x: [b, 64, h, w].
+        doubled: the tensor meant is `x` after nearest up-sampling to twice the size.
+    """
+
+    def __init__(self, x: Tensor, *, doubled: bool = False) -> None:
+        self.x, self.doubled = x, doubled
         self._plain: Tensor | None = None
         self._enlarged: Tensor | None = None
 
+    def full(self) -> Tensor:
+        """The tensor meant, at its own size."""
+        return _double(self.x) if self.doubled else self.x
+
     def plain(self) -> Tensor:
-        """Normalised at its own size."""
+        """`x` normalised; repeating every number four times changes neither mean nor biased variance."""
         if self._plain is None:
             self._plain = batch_norm(self.x, None, None, HIDDEN_EPS)
         return self._plain
 
     def enlarged(self) -> Tensor:
-        """Normalised after bilinear up-sampling to twice the size."""
+        """Normalised after bilinear up-sampling of the tensor meant to twice its size."""
         if self._enlarged is None:
-            twice = F.interpolate(self.x, scale_factor=2, mode="bilinear", align_corners=False)
+            twice = F.interpolate(self.full(), scale_factor=2, mode="bilinear", align_corners=False)
             self._enlarged = batch_norm(twice, None, None, HIDDEN_EPS)
         return self._enlarged
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class Candidate(nn.Module):
@@ -129,7 +144,7 @@ class Candidate(nn.Module):
     Args:
         kernel: size of the kernel, odd.
         classes: rows of the class table.
-        dilation: of the convolution.
+        dilation: of the convolution, 1 or 2.
     """
 
     def __init__(self, kernel: int, classes: int, *, dilation: int = 1) -> None:
@@ -139,15 +154,29 @@ class Candidate(nn.Module):
 
     def forward(self, normalised: Tensor, labels: Tensor) -> Tensor:
         """Map a normalised [b, 64, h, w] to the same shape."""
-        out: Tensor = self.conv(F.leaky_relu(self.norm.affine(normalised, labels), _SLOPE, inplace=True))
+        out: Tensor = self.conv(self._activate(normalised, labels))
         return out
+
+    def read(self, node: _Node, labels: Tensor) -> tuple[Tensor, int]:
+        """Apply to a node, on the small grid where it is doubled; also give by what the result has still to be enlarged.
+
+        Steps of 2 on a doubled grid are steps of 1 on the small one: a dilated convolution gives a doubled tensor again.
+        """
+        kernel, dilation = self.conv.kernel_size[0], self.conv.dilation[0]
+        if not node.doubled or kernel == 1:
+            return self(node.plain(), labels), 1 + node.doubled
+        h, weight, bias = self._activate(node.plain(), labels), self.conv.weight, self.conv.bias
+        return (F.conv2d(h, weight, bias, padding=kernel // 2), 2) if dilation == 2 else (conv_of_doubled(h, weight, bias), 1)
+
+    def _activate(self, normalised: Tensor, labels: Tensor) -> Tensor:
+        return F.leaky_relu(self.norm.affine(normalised, labels), _SLOPE, inplace=True)
 
 
 class SearchedCell(nn.Module):
     """One cell, with only the candidates that contribute.
 
-    Nearest up-sampling commutes with everything a candidate does (a tensor and its enlargement have the same mean and
-    biased variance), so it runs last, once per node, on the sum of all nearest readers.
+    Nearest up-sampling commutes with everything a candidate does (`Candidate.read`), so it runs as late as possible, once
+    per node, on the sum of all that needs it.
 
     Args:
         cell: row of the table.
@@ -164,34 +193,46 @@ class SearchedCell(nn.Module):
         })  # fmt: skip
         self.skips = nn.ModuleDict({str(i): Candidate(1, classes) for i, m in enumerate(cell.skips) if m != "0"})
 
-    def forward(self, x: Tensor, labels: Tensor, previous: Sequence[_Normalised] = ()) -> list[_Normalised]:
+    def forward(self, x: Tensor, labels: Tensor, previous: Sequence[_Node] = ()) -> list[_Node]:
         """Map [b, 64, h, w] and nodes 0 to 2 of the cell before to nodes 0 to 3 of twice the size; 3 is the output."""
-        source = _Normalised(x)
+        source = _Node(x)
         ups = zip(self.cell.ups, self.ups, strict=True)
-        nodes = [_Normalised(_total(labels, [(mode, up, source)])) for mode, up in ups]
+        nodes = [_total([_enlarging(mode, up, source, labels)]) for mode, up in ups]
         for node in (2, 3):
-            skips = [(self.cell.skips[i], op, previous[read]) for i, op, read in _into(node, _SKIP_EDGES, self.skips)]
-            convs = [("", op, nodes[read]) for _, op, read in _into(node, _CONV_EDGES, self.convs)]
-            nodes.append(_Normalised(_total(labels, convs + skips)))
+            convs = [op.read(nodes[read], labels) for _, op, read in _into(node, _CONV_EDGES, self.convs)]
+            skips = [_enlarging(self.cell.skips[i], op, previous[read], labels)
+                     for i, op, read in _into(node, _SKIP_EDGES, self.skips)]  # fmt: skip
+            nodes.append(_total(convs + skips))
         return nodes
 
 
 def _into(
     node: int, edges: Sequence[tuple[int, int]], candidates: nn.ModuleDict
-) -> Iterator[tuple[int, nn.Module, int]]:
+) -> Iterator[tuple[int, Candidate, int]]:
     """Candidates that add to a node: position in the table, module, and the node they read."""
     for i, (read, write) in enumerate(edges):
-        if write == node and str(i) in candidates:
-            yield i, candidates[str(i)], read
+        candidate = candidates[str(i)] if str(i) in candidates else None
+        if write == node and isinstance(candidate, Candidate):
+            yield i, candidate, read
 
 
-def _total(labels: Tensor, terms: Sequence[tuple[str, nn.Module, _Normalised]]) -> Tensor:
-    """Sum of candidates: "" at the size of their input, L after bilinear and N before nearest up-sampling."""
-    full = [op(x.enlarged() if mode == "L" else x.plain(), labels) for mode, op, x in terms if mode != "N"]
-    small = [op(x.plain(), labels) for mode, op, x in terms if mode == "N"]
-    if small:
-        full.append(F.interpolate(sum(small[1:], small[0]), scale_factor=2, mode="nearest"))
-    return sum(full[1:], full[0])
+def _enlarging(mode: str, op: nn.Module, node: _Node, labels: Tensor) -> tuple[Tensor, int]:
+    """A 1x1 candidate behind up-sampling by 2, N(earest) or bi(L)inear; result and what it still has to be enlarged by."""
+    if mode == "L":
+        return op(node.enlarged(), labels), 1
+    return op(node.plain(), labels), 2 * (1 + node.doubled)
+
+
+def _total(terms: Sequence[tuple[Tensor, int]]) -> _Node:
+    """Sum of tensors that have still to be enlarged (nearest) by 1, 2 or 4, smallest first."""
+    total, least = None, min(factor for _, factor in terms)
+    for factor in (4, 2, 1):
+        for x in (x for x, own in terms if own == factor):
+            total = x if total is None else total + x
+        if total is not None and factor > min(least, 2):
+            total = _double(total)
+    assert total is not None
+    return _Node(total, doubled=least > 1)
 
 
 class SearchedGenerator(nn.Module):
@@ -247,12 +288,13 @@ class SearchedGenerator(nn.Module):
         Returns:
             Images [b, c, h, w], mean 0 and variance 1 per channel over the batch; float32 under autocast.
         """
-        nodes: list[_Normalised] = []
+        nodes: list[_Node] = []
         for level, part in enumerate(z.split(self.parts, dim=1)):
             x = self.linears[level](part).unflatten(1, (_WIDTH, *(side // 8 << level for side in self.image[1:])))
             if self.conv.weight.is_contiguous(memory_format=torch.channels_last):
                 x = x.contiguous(memory_format=torch.channels_last)
-            nodes = self.cells[level](nodes[3].x + x if nodes else x, labels, nodes[:3])
+            nodes = self.cells[level](nodes[3].full() + x if nodes else x, labels, nodes[:3])
         # Normalised like any reader of node 3, then the last convolution.
-        x = self.conv(F.leaky_relu(self.norm.affine(nodes[3].plain(), labels), _SLOPE, inplace=True))
+        x = F.leaky_relu(self.norm.affine(_Node(nodes[3].full()).plain(), labels), _SLOPE, inplace=True)
+        x = self.conv(x)
         return batch_norm((x if x.dtype == torch.float64 else x.float()).tanh(), None, None, 1e-5)

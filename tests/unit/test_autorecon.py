@@ -149,8 +149,9 @@ def test_it_runs_at_its_published_size(name: str) -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as flops:
         net = SearchedGenerator(name, classes, (3, side, side))
         assert net(torch.randn(2, 100), torch.zeros(2, dtype=torch.int64)).shape == (2, 3, side, side)
-    # fewer than published: nearest up-sampling comes after its 1x1 convolution
-    assert 0.94 * giga < flops.get_total_flops() / 4e9 <= giga
+    # fewer than published: what reads a nearest up-sampling runs before it
+    share = flops.get_total_flops() / 4e9 / giga
+    assert {CIFAR10: 0.55, CIFAR100: 0.48, "imagenet-mobilenetv2": 0.82}.get(name, 0.97) == pytest.approx(share, abs=0.03)
 
 
 @pytest.mark.parametrize(
