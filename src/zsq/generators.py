@@ -28,9 +28,9 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def conv_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Nearest-neighbour x2 followed by a convolution that keeps the size, computed on the small grid.
 
-    Each of the four output phases of a k x k convolution sees a window of (k+1)/2 small pixels a side, whose weights are
-    sums of the k x k weights. The four phases together are one transposed convolution with a kernel of k+1 and stride 2:
-    2.25 times (k=3) or 2.8 times (k=5) fewer operations, and no enlarged copy of the input. Exact up to rounding.
+    Each of the four output phases of a k x k convolution sees a window of (k+1)/2 small pixels a side, whose weights
+    are sums of the k x k weights. The four phases together are one transposed convolution with a kernel of k+1 and
+    stride 2: 2.25 (k=3) or 2.8 (k=5) times fewer operations, and no enlarged copy of the input. Exact up to rounding.
 
     Args:
         x: [b, inputs, h, w].

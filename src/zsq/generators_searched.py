@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ ARCHITECTURES: dict[str, tuple[Cell, Cell, Cell]] = {
 }  # fmt: skip
 
 # Which node each candidate reads and which it adds to, by position in the table; nodes 0 and 1 are the up-samplings.
+_Edge = tuple[int, int]
 _CONV_EDGES = ((0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 _SKIP_EDGES = ((0, 2), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3))
 
@@ -158,15 +159,17 @@ class Candidate(nn.Module):
         return out
 
     def read(self, node: _Node, labels: Tensor) -> tuple[Tensor, int]:
-        """Apply to a node, on the small grid where it is doubled; also give by what the result has still to be enlarged.
+        """Apply to a node, on the small grid if it is doubled; gives the result and what it must yet be enlarged by.
 
-        Steps of 2 on a doubled grid are steps of 1 on the small one: a dilated convolution gives a doubled tensor again.
+        Steps of 2 on a doubled grid are steps of 1 on the small one: dilated convolutions give doubled tensors again.
         """
         kernel, dilation = self.conv.kernel_size[0], self.conv.dilation[0]
         if not node.doubled or kernel == 1:
             return self(node.plain(), labels), 1 + node.doubled
         h, weight, bias = self._activate(node.plain(), labels), self.conv.weight, self.conv.bias
-        return (F.conv2d(h, weight, bias, padding=kernel // 2), 2) if dilation == 2 else (conv_of_doubled(h, weight, bias), 1)
+        if dilation == 1:
+            return conv_of_doubled(h, weight, bias), 1
+        return F.conv2d(h, weight, bias, padding=kernel // 2), 2
 
     def _activate(self, normalised: Tensor, labels: Tensor) -> Tensor:
         return F.leaky_relu(self.norm.affine(normalised, labels), _SLOPE, inplace=True)
@@ -175,8 +178,8 @@ class Candidate(nn.Module):
 class SearchedCell(nn.Module):
     """One cell, with only the candidates that contribute.
 
-    Nearest up-sampling commutes with everything a candidate does (`Candidate.read`), so it runs as late as possible, once
-    per node, on the sum of all that needs it.
+    Nearest up-sampling commutes with what a candidate does (`Candidate.read`), so it runs as late as possible, once per
+    node, on the sum of all that needs it.
 
     Args:
         cell: row of the table.
@@ -206,18 +209,15 @@ class SearchedCell(nn.Module):
         return nodes
 
 
-def _into(
-    node: int, edges: Sequence[tuple[int, int]], candidates: nn.ModuleDict
-) -> Iterator[tuple[int, Candidate, int]]:
+def _into(node: int, edges: Sequence[_Edge], candidates: nn.ModuleDict) -> Iterator[tuple[int, Candidate, int]]:
     """Candidates that add to a node: position in the table, module, and the node they read."""
     for i, (read, write) in enumerate(edges):
-        candidate = candidates[str(i)] if str(i) in candidates else None
-        if write == node and isinstance(candidate, Candidate):
-            yield i, candidate, read
+        if write == node and str(i) in candidates:
+            yield i, cast("Candidate", candidates[str(i)]), read
 
 
 def _enlarging(mode: str, op: nn.Module, node: _Node, labels: Tensor) -> tuple[Tensor, int]:
-    """A 1x1 candidate behind up-sampling by 2, N(earest) or bi(L)inear; result and what it still has to be enlarged by."""
+    """A 1x1 candidate behind up-sampling by 2, N(earest) or bi(L)inear; result and what it must yet be enlarged by."""
     if mode == "L":
         return op(node.enlarged(), labels), 1
     return op(node.plain(), labels), 2 * (1 + node.doubled)
