@@ -252,6 +252,8 @@ def listing(what: Literal["recipes", "teachers", "data"], *, json: bool = False)
 
 @app.command
 def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, output: Path | None = None,
+          teacher: str | None = None, budget: Literal["quick", "standard", "paper"] | None = None,
+          reuse: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative=())] = None,
           json: bool = False) -> None:  # fmt: skip
     """Run a matrix of teachers, methods, bits and seeds, and print one table.
 
@@ -259,7 +261,10 @@ def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, outpu
         matrix: MATRIX.toml; see bench/ for examples.
         runs: folder for the run directories; run the command again to go on where it stopped.
         jobs: cells side by side, one core each.
-        output: also write the results to this file.
+        output: also write the results to this file; analysis and figures go beside it.
+        teacher: in place of the file's teachers.
+        budget: in place of the file's.
+        reuse: result files to take finished cells over from, where they would be the same run again.
         json: print one JSON object instead of a table.
     """
     from zsq import bench as benchmark
@@ -268,22 +273,18 @@ def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, outpu
     if output is not None and not output.parent.is_dir():
         raise BadInput("--output", expected="a file in an existing folder", got=str(output), fix="Make the folder.")
     say = Console(stderr=True, highlight=False)
-    result = benchmark.run_matrix(matrix, runs=runs, jobs=jobs, report=lambda line: say.print(line, markup=False))
+    result = benchmark.run_matrix(
+        matrix, runs=runs, jobs=jobs, report=lambda line: say.print(line, markup=False), teacher=teacher, budget=budget,
+        reuse=reuse or [], figures=None if output is None else output.with_suffix(""),
+    )  # fmt: skip
     if output is not None:
         write_json_atomic(output, result)
     if json:
         show(result, as_json=True, title=matrix.name)
         return
-    table = Table(
-        "teacher", "bits", "method", "seeds", "float", "student", "drop", "agreement", "minutes",
-        title=escape(matrix.name),
-    )  # fmt: skip
-    for row in result["table"]:
-        spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.2f}"
-        table.add_row(escape(row["teacher"]), row["bits"], escape(row["method"]), str(row["seeds"]),
-                      f"{100 * row['teacher_score']:.2f}",
-                      f"{100 * row['student_score']:.2f}{spread}", f"{row['drop_points']:.2f}",
-                      f"{100 * row['agreement']:.2f}", f"{row['seconds'] / 60:.1f}")  # fmt: skip
+    table = Table(*benchmark.COLUMNS, title=escape(matrix.name))
+    for row in benchmark.in_words(result["table"]):
+        table.add_row(*map(escape, row))
     Console(highlight=False).print(table)
 
 

@@ -145,7 +145,7 @@ def rehearse(
     images: Source | None = None,
     options: dict[str, Any] | None = None,
     seed: int = 0,
-) -> None:
+) -> Outcome:
     """Take one step of every stage of a recipe in memory: what does not fit is refused before anything is on disk.
 
     Otherwise a loss that needs labels the images do not have, say, would be found out after minutes of warm-up.
@@ -158,12 +158,15 @@ def rehearse(
         options: the recipe's other keyword arguments.
         seed: seed of the run to come.
 
+    Returns:
+        What the recipe returned: its plan and report are those of the run to come, its student is of no use.
+
     Raises:
         BadInput: if an option does not exist or does not fit, or if the teacher cannot be quantized this way.
         RunFailed: if the first step is not finite.
     """
     with _Rehearsal(None, seed=seed, device=teacher.device, progress=False) as run:
-        run_recipe(teacher, run, recipe=recipe, spec=spec, images=images, options=options)
+        return run_recipe(teacher, run, recipe=recipe, spec=spec, images=images, options=options)
 
 
 def saved_images(sample: Batch) -> dict[str, Tensor]:

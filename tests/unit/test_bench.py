@@ -14,6 +14,7 @@ import pytest
 from tiny import Command
 from zsq import bench
 from zsq.bench import Cell, read_matrix, rows, run_cell, run_matrix
+from zsq.bench.matrix import read_look
 from zsq.errors import BadInput, RunFailed
 
 MATRIX = """
@@ -152,6 +153,57 @@ def test_a_matrix_that_is_not_there(tmp_path: Path) -> None:
             read_matrix(path)
 
 
+def test_another_teacher_and_budget(matrix: Path) -> None:
+    matrix.write_text(MATRIX + '[teacher.resnet20-cifar100]\neval = "npz:other.npz"\n')
+    cells, shared = read_matrix(matrix, teacher="resnet20-cifar100", budget="paper")
+    assert {cell.teacher for cell in cells} == {"resnet20-cifar100"} and len(cells) == 5
+    assert cells[0].name == "resnet20-cifar100-KL---GI-W4A4-s0-paper"  # not the directory of the quick run
+    text = " ".join(cells[4].command(Path("x"), shared))
+    assert "--eval npz:other.npz" in text and "--budget paper" in text and "--inundation off" in text
+    assert len(read_matrix(matrix, teacher="digits")[0]) == 5
+    with pytest.raises(BadInput, match=r'--teacher: expected one of digits, .*got .elsewhere.*\[teacher."elsewhere"\]'):
+        read_matrix(matrix, teacher="elsewhere")
+
+
+def test_the_study_is_an_option_away_from_the_other_teacher_and_the_published_schedule() -> None:
+    file = Path(__file__).parents[2] / "bench" / "ait_study.toml"
+    cells, shared = read_matrix(file)
+    assert len(cells) == 30 and len({(cell.method, cell.weight_bits) for cell in cells}) == 18
+    assert len(read_look(file, cells).cells) == 6
+    other, paper = read_matrix(file, teacher="resnet20-cifar100", budget="paper")
+    assert all("cifar100_test.npz[2000:]" in cell.asked(paper)["eval"] for cell in other) and len(other) == 30
+    assert (shared["budget"], paper["budget"]) == ("quick", "paper")
+    assert not {cell.name for cell in cells} & {cell.name for cell in other}
+
+
+LOOK = '\n[analysis]\nwhat = ["flips", "cosine"]\nmethods = ["KL"]\nbits = [[3, 8]]\nseeds = [2]\n'
+
+
+def test_what_the_instruments_look_at(matrix: Path) -> None:
+    cells, _ = read_matrix(matrix)
+    assert read_look(matrix, cells) == ((), [])
+    matrix.write_text(MATRIX + LOOK)
+    assert read_look(matrix, cells) == (("flips", "cosine"), [cells[4], cells[9]])
+    matrix.write_text(MATRIX + '[analysis]\nwhat = ["trace"]')
+    assert read_look(matrix, cells).cells == cells
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"cosine"', '"sine"', "expected what = [...] of cosine, trace, landscape, flips, got ['flips', 'sine']"),
+        ("what", "which", "expected what = [...]"),
+        ('["KL"]', '["CE"]', "expected methods = [...] of KL + GI; KL, got ['CE']"),
+        ("seeds = [2]", "seeds = [3]", "expected a choice with at least one cell, got none"),
+    ],
+)
+def test_a_look_that_cannot_be_had(matrix: Path, old: str, new: str, message: str) -> None:
+    matrix.write_text(MATRIX + LOOK.replace(old, new))
+    with pytest.raises(BadInput) as caught:
+        read_look(matrix, read_matrix(matrix)[0])
+    assert message in str(caught.value)
+
+
 # ---- running
 
 
@@ -240,6 +292,117 @@ def test_table_json_and_file(
 def test_the_output_is_checked_first(zsq: Command, matrix: Path, runs: FakeRuns) -> None:
     said = zsq("bench", matrix, "--output", "nowhere/out.json")
     assert said.code == 2 and "--output" in said.err and not runs.commands
+
+
+# ---- cells that were measured before
+
+TINY = """
+teachers = ["digits"]
+bits = [[4, 4]]
+seeds = [0]
+
+[options]
+eval = "digits"
+steps = 2
+warmup = 2
+batch = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a matrix with one real cell, and its result file."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "first.toml").write_text(TINY + '[[method]]\nname = "AIT"\nrecipe = "ait"\n')
+    (folder / "first.json").write_text(json.dumps(run_matrix(folder / "first.toml", runs=folder / "runs")))
+    return folder
+
+
+@pytest.fixture
+def measured(first: Path, tmp_path: Path) -> Path:
+    """A copy of the result file, beside its matrix."""
+    for name in ("first.toml", "first.json"):
+        (tmp_path / name).write_text((first / name).read_text())
+    return tmp_path / "first.json"
+
+
+def test_reuse_goes_by_what_a_cell_is(measured: Path, runs: FakeRuns, tmp_path: Path) -> None:
+    (tmp_path / "second.toml").write_text(
+        TINY + '[[method]]\nname = "the same"\nrecipe = "ait"\noptions = { base = "gdfq", temperature = 20.0 }\n'
+        '[[method]]\nname = "AIT"\nrecipe = "ait"\noptions = { inundation = "off" }\n'
+        '[[method]]\nname = "other layers"\nrecipe = "ait"\noptions = { layer_bits = ["*=8"] }\n'
+        '[[method]]\nname = "other weights"\nrecipe = "gdfq"\n'
+        '[[method]]\nname = "in parts"\nrecipe = "ait"\noptions = { micro_batch = 4 }\n'
+    )
+    old = json.loads(measured.read_text())
+    old["commit"] = "old"
+    del old["cells"][0]["commit"], old["cells"][0]["asked"], old["cells"][0]["recipe"]  # as files were before
+    measured.write_text(json.dumps(old))
+    said: list[str] = []
+    result = run_matrix(tmp_path / "second.toml", runs=tmp_path / "runs", reuse=[measured], report=said.append)
+    taken = result["cells"][0]
+    assert [Path(c[c.index("--run") + 1]).name for c in runs.commands] == [
+        "digits-AIT-W4A4-s0", "digits-other-layers-W4A4-s0", "digits-other-weights-W4A4-s0", "digits-in-parts-W4A4-s0",
+    ]  # fmt: skip
+    assert taken["method"] == "the same" and taken["student_score"] == old["cells"][0]["student_score"]
+    assert (taken["commit"], result["cells"][1]["commit"], taken["taken_from"]) == ("old", "abc", "first.json")
+    assert "taken from first.json" in said[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"placement": "deploy"}, {"eval_data": {"name": "digits", "sha256": "0"}}, {"float_sites": 1},
+     {"recipe": "zsq"}, {"fidelity": "paper"}, {"asked": {"layer_bits": ["*=8"]}}, {"base": "qimera"}],
+)  # fmt: skip
+def test_no_reuse_of_a_cell_that_differs(measured: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    from zsq.bench.reuse import Measured
+
+    cells, shared = read_matrix(tmp_path / "first.toml")
+    record = Measured([measured]).find(cells[0], shared)
+    assert record is not None and record["taken_from"] == "first.json"
+    result = json.loads(measured.read_text())
+    result["cells"][0] |= change
+    measured.write_text(json.dumps(result))
+    assert Measured([measured]).find(cells[0], shared) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"commit": "a", "versions": {}, "cells": [{}]}', None])
+def test_reuse_of_something_else(zsq: Command, matrix: Path, runs: FakeRuns, tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "old.json").write_text(text)
+    said = zsq("bench", matrix, "--reuse", tmp_path / "old.json")
+    assert said.code == 2 and "expected a result file of `zsq bench`" in said.err and not runs.commands
+
+
+# ---- what the instruments say
+
+
+def test_the_instruments_on_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(
+        TINY + '[[method]]\nname = "GDFQ, KL+GI"\nrecipe = "ait"\n'
+        '[[method]]\nname = "GDFQ, KL only"\nrecipe = "ait"\noptions = { inundation = "off" }\n'
+        '[analysis]\nwhat = ["flips", "cosine", "trace", "landscape"]\n'
+    )
+    from zsq import analysis
+
+    monkeypatch.setitem(analysis.PRESETS, "quick", analysis.Effort(8, 4, 2, 2, 3, 2))
+    result = run_matrix(tmp_path / "tiny.toml", runs=tmp_path / "runs", figures=tmp_path / "out", jobs=2)
+    record = json.loads((tmp_path / "out_analysis.json").read_text())
+    assert [row["method"] for row in result["analysis"]] == ["GDFQ, KL+GI", "GDFQ, KL only"]
+    assert record["table"] == json.loads(json.dumps(result["analysis"]))
+    layers = record["cells"][0]["flips"]["layers"]
+    share = sum(x["size"] * x["own_grid"][0] for x in layers) / sum(x["size"] for x in layers)
+    row = result["analysis"][0]
+    assert row["flips_early"] == pytest.approx(share) and row["flips_early_least"] <= share <= row["flips_early_most"]
+    assert set(row["trace"]) == {"ce", "kl_as_trained", "kl_batchmean", "kl_t1"}
+    assert all(-1 <= value <= 1 for value in row["cosine"].values()) and len(row["cosine"]) == 4
+    for name in ("flips", "cosine", "trace", "landscape"):
+        assert (tmp_path / f"out_{name}.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "runs" / "digits-GDFQ--KL-GI-W4A4-s0" / "analysis" / "flips.json").stat().st_mtime_ns
+    again = run_matrix(tmp_path / "tiny.toml", runs=tmp_path / "runs", figures=tmp_path / "out")
+    assert again["analysis"] == result["analysis"]  # read, not measured again
+    assert (tmp_path / "runs" / "digits-GDFQ--KL-GI-W4A4-s0" / "analysis" / "flips.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

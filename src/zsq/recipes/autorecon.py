@@ -120,7 +120,7 @@ def autorecon(
     | generator | searched per teacher | five results of the search | the same five; the nearest for other teachers, option | the search was not released | tests/unit/test_autorecon.py |
     | unused branches | not stated | computed and multiplied by zero | left out | adds exactly nothing, and neither does its gradient | tests/unit/test_autorecon.py |
     | normalisation before each operation | not stated | once per operation | once per tensor | the same numbers | tests/unit/test_autorecon.py |
-    | nearest up-sampling | not stated | before normalisation and 1x1 convolution | after them | the same numbers with a quarter of the work | tests/unit/test_autorecon.py |
+    | nearest up-sampling | not stated | before what reads it | after it, dilated convolutions included | the same numbers with a quarter of the work | tests/unit/test_autorecon.py |
     | class tables | not stated | 1000 rows everywhere | one row per class | the others are never read | tests/unit/test_autorecon.py |
     | losses, schedule, student | not stated | those of AIT only | those of GDFQ | the trainer is GDFQ's line for line; the baseline's own numbers were not released | tests/contracts/test_recipes.py |
     | activation range | EMA of minimum and maximum | its bias correction applied again at every step | 99.9 % of the values (best), EMA corrected once (paper), as released (official) | at 3 bits the extremes of a batch cost most of the accuracy | tests/unit/test_quantizer.py |

@@ -6,104 +6,23 @@ import json
 import os
 import statistics
 import subprocess
-import sys
-import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zsq.bench.matrix import Cell, read_look, read_matrix
+from zsq.checkpoint import write_json_atomic
 from zsq.errors import BadInput, RunFailed
+
+__all__ = ["Cell", "commit", "read_matrix", "rows", "run_cell", "run_matrix"]
 
 KEEP = (
     "student_score", "teacher_score", "agreement", "probe_agreement", "seconds", "steps", "float_sites", "base", "plan",
+    "recipe", "fidelity",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the matrix."""
-
-    teacher: str
-    method: str
-    recipe: str
-    weight_bits: int
-    act_bits: int
-    seed: int
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Name of the run directory."""
-        method = "".join(c if c.isalnum() else "-" for c in self.method)
-        return f"{self.teacher}-{method}-W{self.weight_bits}A{self.act_bits}-s{self.seed}".replace("/", "-")
-
-    def command(self, folder: Path, shared: dict[str, Any]) -> list[str]:
-        """The command line that makes this cell; running it again goes on where it stopped."""
-        options = {
-            **shared,
-            **self.options,
-            "weight-bits": self.weight_bits,
-            "act-bits": self.act_bits,
-            "seed": self.seed,
-        }
-        flags = [text for key, value in options.items() for text in _flag(key, value)]
-        resume = ["--resume"] if (folder / "checkpoint").is_dir() and any((folder / "checkpoint").iterdir()) else []
-        return [sys.executable, "-m", "zsq.cli", "quantize", self.teacher, "--recipe", self.recipe,
-                "--run", str(folder),
-                "--json", *flags, *resume]  # fmt: skip
-
-
-def _flag(key: str, value: object) -> list[str]:
-    name = f"--{key.replace('_', '-')}"
-    if isinstance(value, bool):
-        return [name] if value else []
-    return [name, *(str(item) for item in value)] if isinstance(value, list) else [name, str(value)]
-
-
-def read_matrix(path: Path) -> tuple[list[Cell], dict[str, Any]]:
-    """Read MATRIX.toml.
-
-    Args:
-        path: a file with ``teachers``, ``bits`` (pairs), ``seeds``, ``[options]`` for every cell, and one
-            ``[[method]]`` table per method: ``name``, ``recipe``, and optionally its own ``options``, ``seeds``.
-
-    Returns:
-        The cells in order, and the options they share.
-
-    Raises:
-        BadInput: if the file is missing, is not TOML, lacks a key, or two cells would share a directory.
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(table["teachers"], list):
-            raise ValueError(f"teachers = {table['teachers']!r} is not a list")
-        cells = [
-            Cell(teacher, method["name"], method["recipe"], w, a, seed, method.get("options", {}))
-            for teacher in table["teachers"]
-            for w, a in table["bits"]
-            for method in table["method"]
-            if [w, a] in method.get("bits", table["bits"])
-            for seed in method.get("seeds", table["seeds"])
-        ]
-    except OSError as error:
-        raise BadInput(
-            str(path), expected="a matrix file", got=error.strerror, fix="Give the path of a .toml."
-        ) from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        got = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise BadInput(str(path), expected="teachers, bits, seeds and [[method]] tables in TOML", got=got,
-                       fix="See bench/cifar10_main.toml for an example.") from error  # fmt: skip
-    shared = table.get("options", {})
-    names = [cell.name for cell in cells]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadInput(str(path), expected="cells with different names", got=f"{twice[0]} more than once",
-                       fix="Names of methods must differ in letters or digits.")  # fmt: skip
-    if blind := [cell.name for cell in cells if "eval" not in {**shared, **cell.options}]:
-        raise BadInput(str(path), expected="a labelled set for every cell", got=f"none for {blind[0]}",
-                       fix='Write eval = "DATA" under [options].')  # fmt: skip
-    return cells, shared
+COLUMNS = ("teacher", "bits", "method", "seeds", "float", "student", "drop", "agreement", "minutes")
+NOTE = "bench.json"  # in a run directory: what made it
 
 
 def run_cell(cell: Cell, folder: Path, shared: dict[str, Any], threads: int | None) -> dict[str, Any]:
@@ -128,12 +47,21 @@ def run_cell(cell: Cell, folder: Path, shared: dict[str, Any], threads: int | No
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RunFailed(f"cell {cell.name} ended with code {done.returncode}: {last}")
+        write_json_atomic(folder / NOTE, {"commit": commit()})
     facts = json.loads(summary.read_text(encoding="utf-8"))
+    config, note = (_read(folder / name) for name in ("config.json", NOTE))
     return {
         "teacher": cell.teacher, "method": cell.method, "weight_bits": cell.weight_bits, "act_bits": cell.act_bits,
         "seed": cell.seed, "eval_count": facts.get("eval_count"), "eval_data": facts.get("eval_data"),
         "placement": facts["placement"], "device": facts["device"], **{key: facts.get(key) for key in KEEP},
+        "asked": {key: value for key, value in cell.asked(shared).items() if key not in ("eval", "device")},
+        "commit": note.get("commit", "unknown"), "versions": config.get("versions"),
     }  # fmt: skip
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none."""
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 def _asked(command: list[str]) -> dict[str, list[str]]:
@@ -151,7 +79,17 @@ def _asked(command: list[str]) -> dict[str, list[str]]:
     return {key: values for key, values in asked.items() if key not in ("--run", "--json", "--resume", "--device")}
 
 
-def run_matrix(path: Path, *, runs: Path, jobs: int = 1, report: Any = None) -> dict[str, Any]:
+def run_matrix(
+    path: Path,
+    *,
+    runs: Path,
+    jobs: int = 1,
+    report: Any = None,
+    teacher: str | None = None,
+    budget: str | None = None,
+    reuse: Sequence[Path] = (),
+    figures: Path | None = None,
+) -> dict[str, Any]:
     """Make every cell of a matrix and summarise.
 
     Args:
@@ -159,9 +97,15 @@ def run_matrix(path: Path, *, runs: Path, jobs: int = 1, report: Any = None) -> 
         runs: folder for the run directories; finished cells found there are read, interrupted ones resumed.
         jobs: cells at a time, one core each; 1 leaves each cell all cores.
         report: called with a line of text after each cell.
+        teacher: in place of the file's teachers.
+        budget: in place of the file's shared one.
+        reuse: result files to take finished cells over from, if they would be the same run again. A cell that the file
+            asks the instruments for is made here all the same: they need its run directory.
+        figures: beginning of the names of the files that the file's ``[analysis]`` becomes; runs/MATRIX if not given.
 
     Returns:
-        ``cells`` (one object per run), ``table`` (mean and deviation over seeds) and provenance.
+        ``cells`` (one object per run, each with the commit, machine and versions of its own), ``table`` (mean and
+        deviation over seeds), ``analysis`` (key figures per cell, if the file asks for any) and provenance.
 
     Raises:
         BadInput: for a matrix that cannot be read, or jobs < 1.
@@ -169,16 +113,23 @@ def run_matrix(path: Path, *, runs: Path, jobs: int = 1, report: Any = None) -> 
     """
     if jobs < 1:
         raise BadInput("--jobs", expected="1 or more", got=jobs, fix="Give how many cells run side by side.")
-    cells, shared = read_matrix(path)
-    results: list[dict[str, Any]] = []
+    cells, shared = read_matrix(path, teacher=teacher, budget=budget)
+    look = read_look(path, cells)
+    results = _taken(cells, shared, reuse, look.cells)
     failures: list[str] = []
     pool = ThreadPoolExecutor(jobs)
     try:
-        pending = [pool.submit(run_cell, cell, runs / cell.name, shared, 1 if jobs > 1 else None) for cell in cells]
-        for cell, future in zip(cells, pending, strict=True):
+        pending = {
+            cell.name: pool.submit(run_cell, cell, runs / cell.name, shared, 1 if jobs > 1 else None)
+            for cell in cells if cell.name not in results
+        }  # fmt: skip
+        for cell in cells:
             try:
-                results.append(future.result())
-                message = f"{cell.name}: {100 * results[-1]['student_score']:.2f} %"
+                if cell.name in pending:
+                    results[cell.name] = pending[cell.name].result()
+                found = results[cell.name]
+                message = f"{cell.name}: {100 * found['student_score']:.2f} %"
+                message += f", taken from {found['taken_from']}" if cell.name not in pending else ""
             except RunFailed as error:
                 failures.append(str(error))
                 message = str(error)
@@ -192,8 +143,27 @@ def run_matrix(path: Path, *, runs: Path, jobs: int = 1, report: Any = None) -> 
         )
     from zsq.machine import versions
 
-    return {"matrix": path.name, "options": {k: v for k, v in shared.items() if k != "eval"}, "commit": commit(),
-            "versions": versions(), "jobs": jobs, "table": list(rows(results)), "cells": results}  # fmt: skip
+    ordered = [results[cell.name] for cell in cells]
+    result = {"matrix": path.name, "options": {k: v for k, v in shared.items() if k != "eval"}, "commit": commit(),
+              "versions": versions(), "jobs": jobs, "table": list(rows(ordered)), "cells": ordered}  # fmt: skip
+    if look.cells:
+        from zsq.bench.study import study
+
+        result["analysis"] = study(look, runs, figures or runs / path.stem, report)
+    return result
+
+
+def _taken(
+    cells: list[Cell], shared: dict[str, Any], files: Sequence[Path], needed: list[Cell]
+) -> dict[str, dict[str, Any]]:
+    """Finished cells of other result files, by name."""
+    if not files:
+        return {}
+    from zsq.bench.reuse import Measured
+
+    measured = Measured(files)
+    found = {cell.name: measured.find(cell, shared) for cell in cells if cell not in needed}
+    return {name: record for name, record in found.items() if record is not None}
 
 
 def rows(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -216,6 +186,15 @@ def rows(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"teacher": teacher, "bits": f"W{w}A{a}", "method": method, "seeds": len(group), **mean,
                "deviation": statistics.stdev(scores) if len(group) > 1 else None,
                "drop_points": 100 * (mean["teacher_score"] - mean["student_score"])}  # fmt: skip
+
+
+def in_words(table: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Rows of a table in percent, in the order of `COLUMNS`."""
+    for row in table:
+        spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.2f}"
+        yield [row["teacher"], row["bits"], row["method"], str(row["seeds"]), f"{100 * row['teacher_score']:.2f}",
+               f"{100 * row['student_score']:.2f}{spread}", f"{row['drop_points']:.2f}",
+               f"{100 * row['agreement']:.2f}", f"{row['seconds'] / 60:.1f}"]  # fmt: skip
 
 
 def commit() -> str:
