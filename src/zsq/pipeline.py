@@ -117,7 +117,7 @@ def run_recipe(
         BadInput: if there is no such recipe or option, or one does not fit the teacher.
     """
     function, given = recipes.load(recipe), dict(options or {})
-    known = inspect.signature(function).parameters
+    known = parameters(recipe)
     if unknown := sorted(set(given) - set(known)):
         names = [name for name in known if name not in ("teacher", "run", "spec", "images")]
         raise BadInput(f"recipe {recipe}", expected=f"the options {', '.join(names)}", got=", ".join(unknown),
@@ -126,6 +126,11 @@ def run_recipe(
         given["images"] = images
     outcome: Outcome = function(teacher, run, spec=spec, **given)
     return outcome
+
+
+def parameters(recipe: str) -> list[str]:
+    """Names of what a recipe can be given."""
+    return list(inspect.signature(recipes.load(recipe)).parameters)
 
 
 class _Rehearsal(Run):

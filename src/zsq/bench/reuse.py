@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zsq import pipeline, recipes
+from zsq import pipeline
 from zsq.bench.matrix import Cell
 from zsq.errors import BadInput
 from zsq.insert import QuantSpec
@@ -68,7 +67,7 @@ class Measured:
         key = json.dumps([cell.teacher, cell.recipe, cell.weight_bits, cell.act_bits, asked], sort_keys=True)
         if key not in self._rehearsed:
             options = {name: value for name, value in asked.items() if name not in ("eval", "placement")}
-            if not set(options) <= set(inspect.signature(recipes.load(cell.recipe)).parameters):
+            if not set(options) <= set(pipeline.parameters(cell.recipe)):
                 return None
             if cell.teacher not in self._teachers:
                 self._teachers[cell.teacher] = load_teacher(cell.teacher)
