@@ -17,6 +17,8 @@ from torch.autograd.function import Function
 _MIN_WIDTH = 1e-8
 # Floor of a learned step: keeps 1 / step finite whatever an optimizer does.
 _MIN_STEP = 1e-8
+# Elements that a backward pass handles at a time on a CPU: its dozen passes then stay in the cache.
+_BLOCK = 1 << 16
 
 
 class Grid(NamedTuple):
@@ -246,16 +248,28 @@ class _LearnedStep(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, offset, inv_step, zero = ctx.saved_tensors
-        position = _position(x, Grid(inv_step, zero, ctx.qmin, ctx.qmax))
-        code = position.round().clamp(ctx.qmin, ctx.qmax)
-        inside = (position >= ctx.qmin) & (position <= ctx.qmax)
-        grad_x = (grad * inside if ctx.clip else grad).to(x.dtype)
+        grid = Grid(inv_step, zero, ctx.qmin, ctx.qmax)
+        # The offset is rounded in the forward pass only: clipped values keep its rounding error in their slope.
+        rounding = torch.zeros_like(zero) if offset is None else zero - offset * inv_step
+        rows = len(x) if step.dim() or x.device.type != "cpu" else max(1, _BLOCK * len(x) // max(1, x.numel()))
+        grad_x, sums = torch.empty_like(x), []
+        for values, given, into in zip(x.split(rows), grad.split(rows), grad_x.split(rows), strict=True):
+            passed, slope, clipped = _learned_slopes(values, given, grid, rounding)
+            into.copy_(passed if ctx.clip else given)
+            sums.append(torch.stack([slope.sum_to_size(step.shape), clipped.sum_to_size(step.shape)]))
+        grad_step, grad_offset = torch.stack(sums).sum(0).unbind()
 
         levels = ctx.qmax if offset is None else ctx.qmax - ctx.qmin
         scale = 1 / math.sqrt(x.numel() // max(step.numel(), 1) * levels)
-        # The offset is rounded in the forward pass only: clipped values keep its rounding error in their slope.
-        clipped = code if offset is None else code + (zero - offset * inv_step)
-        slope = torch.where(inside, code - position, clipped) * torch.where(step < 0, -1.0, 1.0)
-        grad_step = (grad * slope).sum_to_size(step.shape) * scale
-        grad_offset = None if offset is None else (grad * ~inside).sum_to_size(offset.shape) * scale
-        return grad_x, grad_step, grad_offset, None, None, None, None, None
+        grad_step = grad_step * torch.where(step < 0, -1.0, 1.0) * scale
+        return grad_x, grad_step, None if offset is None else grad_offset * scale, None, None, None, None, None
+
+
+def _learned_slopes(x: Tensor, grad: Tensor, grid: Grid, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a gradient is worth, value by value: to x inside the window, to the step, to the offset outside it."""
+    position = _position(x, grid)
+    bound = position.clamp(grid.qmin, grid.qmax)
+    inside = bound == position
+    passed = torch.where(inside, grad, 0.0)
+    slope = torch.where(inside, bound.round().sub_(position), bound.add_(rounding)).mul_(grad)
+    return passed, slope, grad - passed
