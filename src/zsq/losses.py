@@ -139,7 +139,7 @@ def bn_gap(norms: Sequence[Moments]) -> Tensor:
             "BatchNorm statistics",
             expected="a network with BatchNorm layers that keep running statistics",
             got="none",
-            fix="Use a recipe that does not need them, or give the network before its BatchNorms were folded.",
+            fix="Give the network before its BatchNorms were folded, or images that need no BatchNorm: --images FILE.",
         )
     seen = torch.cat([norm.mean for norm in norms] + [norm.var for norm in norms])
     stored = torch.cat([norm.running_mean for norm in norms] + [norm.running_var for norm in norms])

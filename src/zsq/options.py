@@ -126,7 +126,8 @@ class RunOptions:
         steps: student updates; the budget's if not given.
         batch: images per step; the budget's if not given.
         micro_batch: split the student's batch into parts of at most this size to save memory.
-        images: a saved pool instead of the recipe's own source: FILE.safetensors, or npz:FILE[a:b] (pixels only).
+        images: a saved pool instead of the recipe's own source: FILE.safetensors, npz:FILE[a:b] (real,
+            pixels only), or noise (controls).
         run: run directory; runs/TEACHER-RECIPE-WxAy-sSEED if not given.
         eval: labelled set to score teacher and student on afterwards.
         device: where to compute.

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from zsq.data import LabelledData
     from zsq.sources.base import Batch, Source
 
+NOISE, NOISE_COUNT = "noise", 1152  # `--images noise`: standard normal pixels, the control below all images
+
 
 def default_path(teacher: Teacher, recipe: str, spec: QuantSpec, seed: int) -> Path:
     """`runs/TEACHER-RECIPE-WxAy-sSEED`, safe as a file name."""
@@ -247,7 +249,7 @@ def load_pool(text: str | None, teacher: Teacher, *, apart_from: str | None = No
 
     Args:
         text: FILE.safetensors (a saved synthetic set: ``images`` and maybe ``labels``), a DATA string such as
-            npz:FILE[a:b] (real pixels, no labels), or None.
+            npz:FILE[a:b] (real pixels, no labels), ``noise`` (1,152 images of pure noise, a control), or None.
         teacher: whose normalisation and image size apply.
         apart_from: the evaluation set of the same run.
 
@@ -259,6 +261,9 @@ def load_pool(text: str | None, teacher: Teacher, *, apart_from: str | None = No
     """
     if text is None:
         return None
+    if text == NOISE:
+        noise = torch.randn(NOISE_COUNT, *teacher.image, generator=torch.Generator().manual_seed(0))
+        return PoolSource(noise.to(teacher.device), None, name="pure noise")
     if is_real(text):
         if apart_from is not None:
             check_disjoint(text, apart_from)
@@ -272,7 +277,7 @@ def load_pool(text: str | None, teacher: Teacher, *, apart_from: str | None = No
 
 def is_real(text: str) -> bool:
     """Whether `--images` names real images instead of a saved synthetic set."""
-    return not text.endswith(".safetensors")
+    return text != NOISE and not text.endswith(".safetensors")
 
 
 def resolve_device(name: str) -> torch.device:

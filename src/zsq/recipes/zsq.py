@@ -19,8 +19,8 @@ from zsq.fit import calibrate, fit
 from zsq.insert import QuantSpec, codes_and_latents, quantize
 from zsq.presets import Outcome, choose, feed, settle
 from zsq.quantizer import LearnedStep
-from zsq.reconstruction import reconstruct
 from zsq.recipes.hast import source as hast_source
+from zsq.reconstruction import reconstruct
 from zsq.run import Run
 from zsq.sources.base import Batch, Source
 from zsq.sources.crops import CropSource
@@ -68,7 +68,7 @@ def zsq(
     budget: str = "quick", fidelity: str = "best", steps: int | None = None, warmup: int | None = None,
     batch: int | None = None, micro_batch: int | None = None, count: int | None = None,
     iterations: int | None = None, group: int | None = None, image_lr: float | None = None,
-    beta: float | None = None, gamma: float | None = None, crop: float = 0.5, rounding: int | None = None,
+    beta: float | None = None, gamma: float | None = None, scale: float = 0.5, rounding: int | None = None,
     lr: float | None = None, step_lr: float | None = None, temperature: float = 4.0,
     kl_reduction: Literal["mean", "batchmean"] = "batchmean",
 ) -> Outcome:  # fmt: skip
@@ -91,7 +91,7 @@ def zsq(
         image_lr: learning rate on the pixels; 0.2 if not given.
         beta: weight of the images' class loss; 10 up to 64 pixels, 0.1 above.
         gamma: exponent of the difficulty in it, 0 for plain cross-entropy; 2 up to 64 pixels, 0.5 above.
-        crop: smallest share of an image that the random crops of the distillation keep; 1 for whole images.
+        scale: smallest share of an image that the random crops of the distillation keep; 1 for whole images.
         rounding: steps of the reconstruction per block, 0 for none; the budget's if not given.
         lr: Adam's learning rate of weights, BatchNorm factors and biases; falls along half a cosine.
         step_lr: the same, of step sizes and offsets.
@@ -113,14 +113,14 @@ def zsq(
     plan = settle(
         choose("--budget", budget, BUDGETS), choose("--fidelity", fidelity, FIDELITY),
         steps=steps, warmup=warmup, batch=batch, count=count, iterations=iterations, group=group, image_lr=image_lr,
-        beta=beta, gamma=gamma, crop=crop, rounding=rounding, lr=lr, step_lr=step_lr, temperature=temperature,
+        beta=beta, gamma=gamma, scale=scale, rounding=rounding, lr=lr, step_lr=step_lr, temperature=temperature,
         kl_reduction=kl_reduction,
     )  # fmt: skip
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LearnedStep, act=LearnedStep))
     make = partial(source, teacher, batch=plan.batch, fidelity=fidelity, count=plan.count, iterations=plan.iterations,
                    group=plan.group, image_lr=image_lr, beta=beta, gamma=gamma)  # fmt: skip
     pool = feed(images, make, batch=plan.batch)
-    batches = CropSource(pool, scale=(plan.crop, 1.0)) if plan.crop < 1 else pool
+    batches = CropSource(pool, scale=(plan.scale, 1.0)) if plan.scale < 1 else pool
 
     calibrate(student, pool, steps=plan.warmup, run=run)
     if plan.rounding:

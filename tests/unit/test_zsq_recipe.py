@@ -1,0 +1,129 @@
+"""Our own recipe: what it learns, its controls, networks of other shapes, and a kill between any two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tiny import settled, tiny_teacher
+from zsq import pipeline
+from zsq.errors import BadInput
+from zsq.insert import QuantSpec, activation_quantizers, quantized_weights
+from zsq.quantizer import LearnedStep
+from zsq.recipes import zsq
+from zsq.run import Run
+from zsq.teachers import Teacher
+
+SHORT: dict[str, Any] = {"steps": 3, "warmup": 2, "batch": 8, "count": 32, "iterations": 2, "rounding": 2}
+
+
+def outcome(
+    teacher: Teacher | None = None, spec: QuantSpec | None = None, path: Path | None = None, **options: Any
+) -> Any:
+    with Run(path, progress=False) as run:
+        return zsq(teacher or tiny_teacher(), run, spec=spec or QuantSpec(), **{**SHORT, **options})
+
+
+class Mobile(nn.Module):
+    """Depthwise convolutions, squeeze-excitation and hardswish, no residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Hardswish())
+        self.depth = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.Hardswish()
+        )
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Hardsigmoid()
+        )
+        self.point = nn.Sequential(nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6())
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.depth(self.stem(x))
+        x = self.point(x * self.squeeze(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_depthwise_and_gates(placement: str, bits: int) -> None:
+    teacher = Teacher(settled(Mobile()), "mobile", "classify", 10, (1, 8, 8))
+    student = outcome(teacher, QuantSpec(weight_bits=bits, act_bits=bits, placement=placement)).student
+    assert student(torch.randn(3, 1, 8, 8)).isfinite().all()
+    assert all(isinstance(q, LearnedStep) and not q.observing for q in activation_quantizers(student).values())
+
+
+def test_calibration_only_trains_nothing() -> None:
+    teacher = tiny_teacher()
+    found = outcome(teacher, steps=0, rounding=0)
+    assert found.plan["steps"] == found.plan["rounding"] == 0
+    own = teacher.net.state_dict()
+    assert all(torch.equal(own[f"{w.name}.weight"], w.parameter) for w in quantized_weights(found.student))
+
+
+def test_steps_have_their_own_learning_rate() -> None:
+    def state(rate: float) -> dict[str, torch.Tensor]:
+        return dict(outcome(rounding=0, step_lr=rate).student.named_parameters())
+
+    still, moved = state(0.0), state(1e-2)
+    started = dict(outcome(rounding=0, steps=0).student.named_parameters())
+    steps = [name for name in still if name.endswith(".step")]
+    assert steps and all(torch.equal(still[name], started[name]) for name in steps)
+    assert not all(torch.equal(moved[name], started[name]) for name in steps)
+    assert not torch.equal(still["0.weight"], started["0.weight"])
+
+
+def test_pure_noise_is_a_control_by_name() -> None:
+    teacher = tiny_teacher()
+    pool = pipeline.load_pool("noise", teacher)
+    assert pool is not None and pool.name == "pure noise" and not pipeline.is_real("noise")
+    with Run(None, progress=False) as run:
+        summary = pipeline.produce(teacher, run, recipe="zsq", images=pool, options=SHORT)
+    assert (summary["recipe"], summary["base"]) == ("zsq", "pure noise")
+    pixels = pool.pick(1000, torch.Generator()).images
+    assert abs(float(pixels.mean())) < 0.02 and abs(float(pixels.std()) - 1) < 0.02
+
+
+def test_without_batchnorm_it_names_the_way_out(bn_free_net: nn.Module) -> None:
+    teacher = Teacher(bn_free_net, "flat", "classify", 10, (3, 8, 8))
+    with pytest.raises(BadInput, match=r"BatchNorm.*--images"):
+        outcome(teacher)
+    assert outcome(teacher, images=pipeline.load_pool("noise", teacher)).plan["steps"] == 3
+
+
+def test_fidelity_to_nothing_is_refused() -> None:
+    with pytest.raises(BadInput, match="--fidelity: expected one of best, got 'paper'"):
+        outcome(fidelity="paper")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("at", [2, 5, 9])  # in the images, in the reconstruction, in the distillation
+def test_a_killed_run_ends_with_the_same_bits(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = outcome(path=tmp_path / "whole").student.state_dict()
+    count, real = 0, Run.log
+
+    def log(run: Run, **terms: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise Killed
+        real(run, **terms)
+
+    def killed(folder: Path, *, resume: bool) -> Any:
+        with Run(folder, progress=False, checkpoint_every=1, log_every=1, resume=resume) as run:
+            return zsq(tiny_teacher(), run, spec=QuantSpec(), **SHORT)
+
+    monkeypatch.setattr(Run, "log", log)
+    with pytest.raises(Killed):
+        killed(tmp_path / "killed", resume=False)
+    monkeypatch.setattr(Run, "log", real)
+    again = killed(tmp_path / "killed", resume=True).student.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
