@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types fast bench docs clean
+.PHONY: help setup demo test check lint types fast bench browser docs clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -26,7 +26,7 @@ endef
 help:             ## show this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1	/p' $(MAKEFILE_LIST)
 
-setup: $(ALL)     ## create .venv with every extra except [vision]
+setup: $(ALL) .venv/.browser  ## create .venv with every extra except [vision]
 
 $(CORE):
 	$(make_venv)
@@ -38,12 +38,20 @@ $(ALL):
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $(CORE) $(ALL)
 
+# Tests of the report's page want Chromium. Tried once, where apt may be used; without it they are skipped by name.
+.venv/.browser: | $(ALL)
+	@sh scripts/browser.sh
+	@touch $@
+
+browser:          ## try again to install Chromium for the tests of the report's page
+	@sh scripts/browser.sh
+
 demo: $(CORE)     ## quantize the digits network to 4 bits without data, and score it (build/demo)
 	@rm -rf build/demo
 	@# images of 8x8 pixels: a second thread gains nothing, and on a busy machine costs much
 	OMP_NUM_THREADS=1 $(BIN)/zsq quantize digits --recipe ait --bits 4 --budget quick --eval digits --run build/demo
 
-test: $(ALL)      ## the whole test suite
+test: $(ALL) .venv/.browser  ## the whole test suite
 	$(PYTEST)
 
 check: lint types fast  ## lint, types and fast tests

@@ -28,6 +28,7 @@ _HOME = {
     "produce": "zsq.pipeline",
     "evaluate": "zsq.finished",
     "analyse": "zsq.analysis",
+    "report": "zsq.reporting",
 }
 
 __all__ = ["__version__", "recipes", *_HOME]

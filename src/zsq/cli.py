@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,8 +15,8 @@ from rich.table import Table
 
 from zsq import __version__
 from zsq.errors import BadInput, ZsqError
-from zsq.options import AnalysisOptions, QuantOptions, RunOptions, TeacherOptions, layer_bits, recipe_options
-from zsq.usage import explain
+from zsq.options import AnalysisOptions, QuantOptions, ReportOptions, RunOptions, TeacherOptions, recipe_options
+from zsq.usage import explain, in_words, json_text
 
 DEFAULT_RECIPE = "ait"
 
@@ -55,23 +54,12 @@ def stop(message: str, code: int) -> None:
 def show(result: dict[str, Any], *, as_json: bool, title: str) -> None:
     """Print a result: one JSON object, or a two-column table."""
     if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.write(json_text(result))
         return
     table = Table(title=escape(title), show_header=False)
     for key, value in result.items():
         table.add_row(key.replace("_", " "), escape(in_words(key, value)))
     Console(highlight=False).print(table)
-
-
-def in_words(key: str, value: object) -> str:
-    """One value of a summary for people: shares as percent, lists and tables in one line."""
-    if isinstance(value, float) and key.endswith(("score", "agreement", "top5", "share", "_accuracy", "_map", "_miou")):
-        return f"{100 * value:.2f} %"
-    if isinstance(value, list) and all(isinstance(item, float) for item in value):
-        return " to ".join(f"{100 * item:.2f} %" for item in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {item}" for name, item in value.items())
-    return str(value)
 
 
 def named_recipe(arguments: Sequence[str]) -> str:
@@ -121,6 +109,7 @@ def quantize_network(
     """Load the teacher, run the recipe, print the summary."""
     from zsq import pipeline
     from zsq.insert import QuantSpec
+    from zsq.options import layer_bits
     from zsq.run import Run
     from zsq.teachers import load_teacher
 
@@ -230,6 +219,23 @@ def analyse(run: Path, *, how: AnalysisOptions | None = None) -> None:
     show(found if how.json else rows, as_json=how.json, title=str(run))
 
 
+@app.command
+def report(run: Path, *, how: ReportOptions | None = None) -> None:
+    """Write one HTML page about a finished run, with everything in it: RUN/report.html.
+
+    Args:
+        run: a finished run directory.
+        how: where to, what to measure, on how many images.
+    """
+    from zsq import pipeline
+    from zsq.reporting import report as write_page
+
+    how = how or ReportOptions()
+    result = write_page(run, output=how.output, count=how.count, sensitivity=how.sensitivity,
+                        device=pipeline.resolve_device(how.device))  # fmt: skip
+    show(result if how.json else {key: result[key] for key in ("file", "verdict")}, as_json=how.json, title=str(run))
+
+
 @app.command(name="list")
 def listing(what: Literal["recipes", "teachers", "data"], *, json: bool = False) -> None:
     """List what there is to choose from.
@@ -242,7 +248,7 @@ def listing(what: Literal["recipes", "teachers", "data"], *, json: bool = False)
 
     rows = getattr(catalogue, what)()
     if json:
-        sys.stdout.write(_json_rows(what, rows))
+        sys.stdout.write(json_text({what: rows}))
         return
     table = Table(*rows[0])
     for row in rows:
@@ -286,10 +292,6 @@ def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, outpu
     for row in benchmark.in_words(result["table"]):
         table.add_row(*map(escape, row))
     Console(highlight=False).print(table)
-
-
-def _json_rows(what: str, rows: list[dict[str, str]]) -> str:
-    return json.dumps({what: rows}) + "\n"
 
 
 if __name__ == "__main__":

@@ -182,6 +182,26 @@ class AnalysisOptions:
         return {name: getattr(self, name) for name in names}
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Where the page goes, and what is measured for it.
+
+    Attributes:
+        output: the page; report.html in the run directory if not given.
+        count: images that the sensitivity of single layers is measured on; at most 128, by the network's size.
+        sensitivity: measure what each layer's quantization costs alone.
+        device: where to compute.
+        json: print one JSON object instead of a table.
+    """
+
+    output: Path | None = None
+    count: Annotated[int | None, Whole] = None
+    sensitivity: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    json: Annotated[bool, Parameter(negative=())] = False
+
+
 def recipe_options(recipe: Callable[..., Any]) -> type:
     """A group with the options that only this recipe has, read from its signature and docstring.
 

@@ -1,7 +1,8 @@
-"""What is wrong with a command line, in the words of all other errors: expected, got, what to do."""
+"""The words of the command line: results, and what is wrong with a command in the form of all other errors."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
@@ -65,3 +66,19 @@ def _words(target: Any) -> str:
         return f"one of {', '.join(map(str, get_args(target)))}"
     plain = [kind for kind in (target, *get_args(target)) if kind in _WORDS]
     return _WORDS[plain[0]] if plain else "another value"
+
+
+def in_words(key: str, value: object) -> str:
+    """One value of a summary for people: shares as percent, lists and tables in one line."""
+    if isinstance(value, float) and key.endswith(("score", "agreement", "top5", "share", "_accuracy", "_map", "_miou")):
+        return f"{100 * value:.2f} %"
+    if isinstance(value, list) and all(isinstance(item, float) for item in value):
+        return " to ".join(f"{100 * item:.2f} %" for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    return str(value)
+
+
+def json_text(result: dict[str, Any]) -> str:
+    """A result as one line of JSON."""
+    return json.dumps(result) + "\n"

@@ -19,6 +19,7 @@ from zsq.insert.access import (
     freeze_ranges,
     observe_ranges,
     quantized_weights,
+    weight_paths,
     without_quantizers,
 )  # fmt: skip
 from zsq.insert.floats import list_floats
@@ -34,7 +35,7 @@ from zsq.quantizer import Quantizer
 
 __all__ = [
     "QuantReport", "QuantSpec", "QuantizedWeight", "activation_quantizers", "codes_and_latents", "freeze_ranges",
-    "observe_ranges", "quantize", "quantized_weights", "without_quantizers",
+    "observe_ranges", "quantize", "quantized_weights", "weight_paths", "without_quantizers",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -158,21 +158,26 @@ def observe_ranges(student: nn.Module) -> None:
 
 
 @contextmanager
-def without_quantizers(student: nn.Module) -> Iterator[nn.Module]:
+def without_quantizers(
+    student: nn.Module, *, weights: Collection[str] | None = None, sites: Collection[str] | None = None
+) -> Iterator[nn.Module]:
     """Let a student compute like its float network within a ``with`` block (folded BatchNorms stay folded).
 
     Args:
         student: from `quantize`; nothing of its state changes.
+        weights: names of the layers whose weights (and biases) are not rounded; all if not given.
+        sites: names of the call sites whose activations are not rounded; all if not given.
     """
-    sites = activation_quantizers(student).values()
-    before = [quantizer.__dict__.get("forward") for quantizer in sites]
-    with exact([module for module in student.modules() if isinstance(module, WeightPath)]):
-        for quantizer in sites:
+    paths = [named.path for named in weight_paths(student).values() if weights is None or named.name in weights]
+    quantizers = [q for name, q in activation_quantizers(student).items() if sites is None or name in sites]
+    before = [quantizer.__dict__.get("forward") for quantizer in quantizers]
+    with exact(paths):
+        for quantizer in quantizers:
             quantizer.__dict__["forward"] = _unchanged
         try:
             yield student
         finally:
-            for quantizer, forward in zip(sites, before, strict=True):
+            for quantizer, forward in zip(quantizers, before, strict=True):
                 del quantizer.__dict__["forward"]
                 if forward is not None:  # within another such block
                     quantizer.__dict__["forward"] = forward
