@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ import zsq as package
 from tiny import Command, Folder, contents, tiny_teacher
 from zsq.analysis.sensitivity import distance_of_logits, sensitivity, with_ranges_of
 from zsq.checkpoint import load_tree, save_tree
-from zsq.errors import BadInput
 from zsq.grid import decode, encode
 from zsq.insert import QuantSpec, activation_quantizers, freeze_ranges, quantize, without_quantizers
 from zsq.quantizer import LiveMinMax
 from zsq.reporting.facts import training
 from zsq.reporting.layers import measure, size
-from zsq.reporting.pictures import album, pixels_of
+from zsq.reporting.opinions import album, colour, distance
+from zsq.reporting.pictures import pixels_of
+from zsq.teachers import Teacher, make_teacher
+from zsq.teachers.facts import Facts
 
 FAST = ("--count", "8")
 
@@ -65,14 +68,15 @@ def test_page_and_facts(zsq: Command, run_copy: Path) -> None:
     summary = json.loads((run_copy / "summary.json").read_text())
     assert facts["summary"] == summary and facts["sensitivity"]["count"] == 8
     kinds = [row["kind"] for row in facts["layers"]]
-    assert kinds.count("weight") == summary["quantized_weights"] and kinds.count("activation") == summary["activation_sites"]
+    assert kinds.count("weight") == summary["quantized_weights"]
+    assert kinds.count("activation") == summary["activation_sites"]
     assert [row["name"] for row in facts["layers"]] == ["0", "2", "3", "5", "8"]  # the order of execution
     assert facts["images"]["count"] == 256 and len(facts["images"]["sample"]) == 24
     assert {stage: record["steps"] for stage, record in facts["training"].items()} == {"calibrate": [3], "fit": [3]}
     assert facts["reproduce"]["command"] and facts["missing"] == {}
     page = (run_copy / "report.html").read_text()
     assert facts["verdict"].replace("'", "&#39;") in page and len(page) < 2_000_000
-    for text in ("4-bit weights and 4-bit activations", "No labelled score", "Not analysed", "Not exported", "torch 2."):
+    for text in ("4-bit weights and 4-bit activations", "No labelled score", "Not analysed", "Not exported", "torch 2."):  # noqa: E501
         assert text in page
 
 
@@ -100,7 +104,7 @@ def test_after_evaluation_analysis_and_export(zsq: Command, run_copy: Path) -> N
     page = (run_copy / "report.html").read_text()
     assert facts["analysis"] == {"flips": "analysis/flips.png"} and "Figure of zsq analyse, flips" in page
     assert "1,198 labelled images" in facts["verdict"] and "digits:train" in page
-    for text in ("&lt;i&gt;.onnx", "1.25", "3.5", "97.00", "1 of 2 convolutions of the ort file run in float", "one in float"):
+    for text in ("&lt;i&gt;.onnx", "1.25", "3.5", "97.00", "1 of 2 convolutions of the ort file run in float", "one in float"):  # noqa: E501
         assert text in page
     assert "Not exported" not in page and "Not analysed" not in page
 
@@ -142,19 +146,19 @@ def test_a_bare_run_still_gives_a_page(run_copy: Path) -> None:
     [
         (lambda run: (run / "summary.json").unlink(), "expected a finished run directory"),
         (lambda run: (run / "summary.json").write_text("{}"), "expected the summary of a run"),
-        (lambda run: change(run / "summary.json", lambda r: r | {"agreement": "much"}), "expected the summary of a run"),
+        (lambda run: change(run / "summary.json", lambda r: r | {"agreement": "much"}), "expected the summary of a run"),  # noqa: E501
         (lambda run: (run / "summary.json").write_text("[1]"), "expected the summary of a run"),
         (lambda run: (run / "student.json").write_text('{"spec": {}}'), "student.json: expected"),
         (lambda run: change(run / "student.json", lambda r: r.pop("floats") and None), "student.json: expected"),
         (lambda run: (run / "metrics.jsonl").write_text('{"stage": "fit", "step": 1, "kl": 1}\n{"st'), "in line 2"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe\x00"), "expected a text file"),
         (lambda run: (run / "images.safetensors").write_bytes(b"short"), "a truncated file"),
-        (lambda run: save_tree(run / "images.safetensors", {"images": torch.zeros(3, 1, 4, 4)}), "expected finite images"),
+        (lambda run: save_tree(run / "images.safetensors", {"images": torch.zeros(3, 1, 4, 4)}), "expected finite images"),  # noqa: E501
         (lambda run: save_tree(run / "images.safetensors", {"images": torch.full((2, 1, 8, 8), math.nan)}), "finite"),
-        (lambda run: save_tree(run / "images.safetensors", {"images": torch.zeros(2, 1, 8, 8), "labels": torch.tensor([1, 10])}),
+        (lambda run: save_tree(run / "images.safetensors", {"images": torch.zeros(2, 1, 8, 8), "labels": torch.tensor([1, 10])}),  # noqa: E501
          "expected labels of 10 classes"),
         (lambda run: (run / "export-ort.json").write_text("[]"), "expected the result of `zsq export`"),
-        (lambda run: ((run / "analysis").mkdir(), (run / "analysis" / "trace.png").write_bytes(b"GIF89a")), "expected a PNG"),
+        (lambda run: ((run / "analysis").mkdir(), (run / "analysis" / "trace.png").write_bytes(b"GIF89a")), "expected a PNG"),  # noqa: E501
         (lambda run: sorted((run / "history").iterdir())[-1].write_bytes(b"x"), "a truncated file"),
     ],
 )  # fmt: skip
@@ -180,7 +184,7 @@ def test_not_a_run_and_bad_options(zsq: Command, run_copy: Path) -> None:
 @pytest.mark.parametrize("name", ["matplotlib", "jinja2", "PIL"])
 def test_missing_extra(zsq: Command, run_copy: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module, *rest: None if module == name else find(module, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module, *rest: None if module == name else find(module, *rest))  # noqa: E501
     said = zsq("report", run_copy)
     shown = {"PIL": "pillow"}.get(name, name)
     assert said.code == 2 and f"got no {shown}" in said.err and 'pip install "zsq[report]"' in said.err
@@ -207,7 +211,8 @@ def test_rows_against_float64(student_of: Callable[..., Any]) -> None:
     outside = float((x.double() > top + 0.5 / float(grid.inv_step)).double().mean())
     noise = (x - site(x)).double()
     assert rows["2"].clipped == pytest.approx(outside, abs=1e-12) and rows["2"].high == pytest.approx(top)
-    assert rows["2"].sqnr == pytest.approx(10 * math.log10(float(x.double().square().sum() / noise.square().sum())), rel=1e-6)
+    ratio = float(x.double().square().sum() / noise.square().sum())
+    assert rows["2"].sqnr == pytest.approx(10 * math.log10(ratio), rel=1e-6)
     assert 0 < outside < 0.1
 
 
@@ -239,7 +244,7 @@ def test_sensitivity_by_hand(student_of: Callable[..., Any], bn_net: nn.Module) 
         for name in found.weights:
             alone = copy.deepcopy(bn_net)
             alone.get_submodule(name).weight.copy_(LiveMinMax(3, axis=0)(bn_net.get_submodule(name).weight))
-            assert found.weights[name] == pytest.approx(distance_of_logits(alone(images), bn_net(images)).mean(0).tolist())
+            assert found.weights[name] == pytest.approx(distance_of_logits(alone(images), bn_net(images)).mean(0).tolist())  # noqa: E501
         # one site: by hand in the float network
         site = activation_quantizers(student)["5"]
         logits = bn_net[6:](site(bn_net[:6](images)))
@@ -282,7 +287,8 @@ def test_changed_weights(run_copy: Path) -> None:
 
 
 def test_curves_are_thinned(tmp_path: Path) -> None:
-    lines = [{"stage": "fit", "step": i + 1, "kl": float(i), "seconds": 0.1, **({"ce": 1.0} if i == 3 else {})} for i in range(1000)]
+    lines = [{"stage": "fit", "step": i + 1, "kl": float(i), "seconds": 0.1} for i in range(1000)]
+    lines[3]["ce"] = 1.0
     (tmp_path / "m").write_text("\n".join(map(json.dumps, lines)))
     record = training(tmp_path / "m")["fit"]
     assert len(record["steps"]) == 250 and record["steps"][0] == 4 and record["steps"][-1] == 1000
@@ -291,8 +297,6 @@ def test_curves_are_thinned(tmp_path: Path) -> None:
 
 
 def test_pixels_are_those_that_went_in() -> None:
-    from dataclasses import replace
-
     teacher = tiny_teacher()
     pixels = torch.randint(0, 256, (4, 8, 8, 1), dtype=torch.uint8)
     assert np.array_equal(pixels_of(teacher, teacher.normalise(pixels))[..., 0], pixels[..., 0].numpy())
@@ -325,3 +329,79 @@ def test_album_shows_the_first_and_the_worst() -> None:
     logits = teacher.net(images)[7]
     assert told[0].text == f"class {int(logits.argmax())}" and told[1].text == f"class {int((-logits).argmax())}"
     assert told[0].confidence == pytest.approx(float(logits.softmax(0).max()))
+
+
+# ---- other tasks
+
+
+class Dense(nn.Module):
+    """Three classes, told by where an image is bright; a detector's boxes are a cell wide."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(1, channels, 2, stride=2)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.linspace(-2, 2, channels)[:, None, None, None].expand_as(self.head.weight))
+            self.head.bias.zero_()  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def cells(raw: Tensor) -> Tensor:
+    """One box per cell, half as wide as the image; score and class from the class channels."""
+    score, kind = raw.softmax(1).flatten(2).max(1)
+    corners = torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(*score.shape, 4)
+    return torch.cat([corners, score[..., None], kind[..., None].float()], 2)
+
+
+def dense_teacher(task: str) -> Teacher:
+    facts = Facts(task=task, image=(1, 8, 8), mean=(0.5,), std=(0.5,), classes=3)
+    teacher = make_teacher(Dense(3), facts, name="<dense>")
+    if task == "detect":
+        teacher = replace(teacher, outputs=replace(teacher.outputs, decode=cells, joined=False))  # type: ignore[type-var]
+    return teacher
+
+
+def test_overlays_of_a_segmenter() -> None:
+    teacher = dense_teacher("segment")
+    images = torch.full((3, 1, 8, 8), -1.0)
+    images[1, :, :, 4:] = 1.0
+    student = copy.deepcopy(teacher.net)
+    with torch.no_grad():
+        student.get_submodule("head").weight.mul_(torch.tensor([1.0, 1.0, -1.0])[:, None, None, None])
+    found = album(teacher, student, images, None)
+    card = found.sample[1]
+    assert [view.title for view in card.views] == ["image", "teacher", "student"]
+    assert card.opinions[0].text == "class 0 50 %, class 2 50 %"
+    over = card.views[1].pixels.astype(int)
+    bright = 0.45 * np.array([255] * 3) + 0.55 * np.array(colour(2))
+    assert np.abs(over[4, 7] - bright).max() <= 1 and np.abs(over[4, 0] - 0.55 * np.array(colour(0))).max() <= 1
+    assert card.agreement == 0.5 and found.differing[0].agreement <= found.differing[-1].agreement
+
+
+def test_boxes_of_a_detector() -> None:
+    teacher = dense_teacher("detect")
+    images = torch.full((2, 1, 8, 8), -1.0)
+    images[1] = 1.0
+    same = album(teacher, teacher.net, images, None)
+    assert same.agreement == 1.0 and same.differing == []
+    assert same.sample[0].opinions[0].text == "1 class 0" and same.sample[1].opinions[1].text == "1 class 2"
+    shown = same.sample[1].views[0].pixels
+    assert shown.shape == (320, 320, 3) and tuple(shown[160, 80]) == colour(2) and tuple(shown[10, 10]) == (255,) * 3
+    student = copy.deepcopy(teacher.net)
+    with torch.no_grad():
+        student.get_submodule("head").weight.neg_()
+    other = album(teacher, student, images, None)
+    assert other.agreement == 0.0 and [card.index for card in other.differing] == [0, 1]
+    dumb = replace(teacher, outputs=replace(teacher.outputs, decode=None))  # type: ignore[type-var]
+    assert album(dumb, student, images, None).sample[0].opinions[0].text == "nothing above 0.3"
+
+
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_single_costs_of_other_tasks(task: str) -> None:
+    teacher, images = dense_teacher(task), torch.randn(4, 1, 8, 8)
+    compare = distance(teacher)
+    raw = teacher.net(images)
+    assert compare(raw, raw)[:, 0].abs().max() < 1e-12 and compare(raw, raw)[:, 1].tolist() == [1.0] * 4
+    assert compare(-raw, raw)[:, 0].min() > 0

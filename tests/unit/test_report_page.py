@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,14 +60,14 @@ def click(browser: Browser, column: int) -> str:
 
 def test_no_errors_and_nothing_leaves_the_page(browser: Browser, page: Path) -> None:
     browser.open(page)
-    wanted = {p["request"]["url"].partition(":")[0] for name, p in browser.events if name == "Network.requestWillBeSent"}
+    wanted = {p["request"]["url"].partition(":")[0] for name, p in browser.events if name == "Network.requestWillBeSent"}  # noqa: E501
     assert wanted <= {"file", "data"}
-    assert [p["request"]["url"] for n, p in browser.events if n == "Network.requestWillBeSent"][0] == page.as_uri()
+    assert any(p["request"]["url"] == page.as_uri() for n, p in browser.events if n == "Network.requestWillBeSent")
     assert not [(name, p) for name, p in browser.events if name in BAD]
     assert browser.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert browser.run("document.images.length") > 10
     # nothing but its own parts: no address that is not a data URI or a place on the page
-    links = browser.run("[...document.querySelectorAll('[src],[href]')].map(e => e.getAttribute('src') ?? e.getAttribute('href'))")
+    links = browser.run("[...document.querySelectorAll('[src],[href]')].map(e => e.getAttribute('src') ?? e.getAttribute('href'))")  # noqa: E501
     assert all(link.startswith(("data:image/", "#")) for link in links)
 
 
@@ -108,7 +109,7 @@ def test_sorting_by_click_and_by_key(browser: Browser, page: Path) -> None:
 def test_rows_can_be_filtered(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.run("document.querySelector('.filter [data-show=weight]').click()")
-    shown = browser.run("[...document.querySelectorAll('#rows tbody tr')].filter(r => r.offsetHeight > 0).map(r => r.dataset.kind)")
+    shown = browser.run("[...document.querySelectorAll('#rows tbody tr')].filter(r => r.offsetHeight > 0).map(r => r.dataset.kind)")  # noqa: E501
     assert set(shown) == {"weight"}
     browser.run("document.querySelector('.filter [data-show=\"\"]').click()")
     assert browser.run("[...document.querySelectorAll('#rows tbody tr')].every(r => r.offsetHeight > 0)")
@@ -135,10 +136,10 @@ def test_it_says_itself_without_pictures(browser: Browser, page: Path) -> None:
     """Images have a text, tables have headings, figures a label; one h1, no level of headings left out."""
     browser.open(page)
     assert browser.run("[...document.images].every(i => i.alt.length > 10)")
-    assert browser.run("[...document.querySelectorAll('[role=img]')].every(e => e.getAttribute('aria-label').length > 10)")
+    assert browser.run("[...document.querySelectorAll('[role=img]')].every(e => e.getAttribute('aria-label').length > 10)")  # noqa: E501
     assert browser.run("[...document.querySelectorAll('table')].every(t => t.querySelector('thead th[scope=col]'))")
     levels = browser.run("[...document.querySelectorAll('h1,h2,h3')].map(h => Number(h.tagName[1]))")
-    assert levels.count(1) == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert levels.count(1) == 1 and all(b - a <= 1 for a, b in pairwise(levels))
     assert browser.run("new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size") == browser.run(
         "document.querySelectorAll('[id]').length"
     )

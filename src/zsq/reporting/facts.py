@@ -22,7 +22,8 @@ from zsq.footprint import footprint
 from zsq.insert import QuantSpec
 from zsq.insert.access import freeze_ranges
 from zsq.reporting.layers import Row, Size, measure, size, with_changes, with_costs
-from zsq.reporting.pictures import Album, album
+from zsq.reporting.opinions import album, distance
+from zsq.reporting.pictures import Album
 from zsq.run.progress import Progress
 from zsq.teachers import Teacher
 
@@ -117,7 +118,8 @@ def collect(
     effect = None
     if look is not None and with_sensitivity:
         tries = _affordable(TRY, macs * (len(rows) + 3)) if count is None else count
-        effect = sensitivity(student, teacher.net, kept["spec"], images[:tries].to(teacher.device), shown=shown)  # type: ignore[index]
+        tried: Any = images[:tries].to(teacher.device)  # type: ignore[index]
+        effect = sensitivity(student, teacher.net, kept["spec"], tried, compare=distance(teacher), shown=shown)
     elif not with_sensitivity:
         missing["sensitivity"] = "The sensitivity of single layers was not measured (--no-sensitivity)."
     pool = config["config"].get("images")

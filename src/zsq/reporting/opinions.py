@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zsq.analysis.sensitivity import distance_of_logits
 from zsq.export.labels import labels_of
-from zsq.reporting.pictures import Card, Drawn, Opinion, View, pixels_of
+from zsq.reporting.pictures import Album, Card, Drawn, Opinion, View, pixels_of
 from zsq.tasks.base import Boxes
 from zsq.tasks.boxes import AveragePrecision
 from zsq.tasks.detect import SURE, Detect
@@ -99,7 +99,8 @@ def names_of(teacher: Teacher) -> list[str]:
 
 def colour(number: int) -> tuple[int, int, int]:
     """The colour of a class: hues far apart for neighbours, the same on every page."""
-    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.55 + 0.4 * (number % 2), 0.95 - 0.25 * (number % 3 == 2))
+    strength, light = 0.55 + 0.4 * (number % 2), 0.95 - 0.25 * (number % 3 == 2)
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, strength, light)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
@@ -152,3 +153,42 @@ def _asked(labels: Tensor | None, i: int, names: Sequence[str]) -> str | None:
 
 
 OPINIONS: dict[str, Callable[..., Drawn]] = {"classify": classify, "segment": segment, "detect": detect}
+
+
+def album(
+    teacher: Teacher,
+    student: torch.nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    *,
+    sample: int = 24,
+    worst: int = 12,
+) -> Album:
+    """Ask teacher and student about images, and choose which to show.
+
+    Args:
+        teacher: the float network.
+        student: its low-bit copy, in eval mode.
+        images: shape [n, c, h, w], normalised, on the networks' device.
+        labels: what the images were made for: int64 [n], soft [n, classes], or None.
+        sample: number of images shown as they come.
+        worst: number of images shown because the networks differ.
+    """
+    with torch.no_grad():
+        parts = images.split(teacher.outputs.batch)
+        told, heard = (torch.cat([net(part) for part in parts]) for net in (teacher.net, student))
+    agreed, sure, draw = OPINIONS[teacher.task](teacher, told, heard, images, labels)
+    order = sorted(range(len(images)), key=lambda i: (agreed[i], -sure[i]))
+    differing = [i for i in order if agreed[i] < 1][:worst]
+    return Album(len(images), sum(agreed) / len(agreed), [draw(i) for i in range(min(sample, len(images)))],
+                 [draw(i) for i in differing], teacher.mean is None)  # fmt: skip
+
+
+def distance(teacher: Teacher) -> Callable[[Tensor, Tensor], Tensor]:
+    """How a student's raw output is compared with the teacher's: KL and agreement of the classes at every position."""
+
+    def compare(ours: Tensor, theirs: Tensor) -> Tensor:
+        pair = (teacher.outputs.parts(raw).get("class", raw) for raw in (ours, theirs))
+        return distance_of_logits(*pair)
+
+    return compare

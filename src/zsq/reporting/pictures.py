@@ -17,7 +17,6 @@ from zsq.teachers import Teacher
 
 SMALL = 96  # pixels: smaller images are kept as they are and shown enlarged
 LARGE = 192  # pixels: larger ones are scaled down, a page is for looking at
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -102,36 +101,6 @@ class Album:
 
 Draw = Callable[[int], Card]
 Drawn = tuple[Sequence[float], Sequence[float], Draw]  # agreement and sureness per image, and a card by number
-
-
-def album(
-    teacher: Teacher,
-    student: torch.nn.Module,
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    sample: int = 24,
-    worst: int = 12,
-) -> Album:
-    """Ask teacher and student about images, and choose which to show.
-
-    Args:
-        teacher: the float network.
-        student: its low-bit copy, in eval mode.
-        images: shape [n, c, h, w], normalised, on the networks' device.
-        labels: what the images were made for: int64 [n], soft [n, classes], or None.
-        sample: number of images shown as they come.
-        worst: number of images shown because the networks differ.
-    """
-    from zsq.reporting.opinions import OPINIONS  # it builds on the classes above
-
-    with torch.no_grad():
-        told, heard = (torch.cat([net(part) for part in images.split(BATCH)]) for net in (teacher.net, student))
-    agreed, sure, draw = OPINIONS[teacher.task](teacher, told, heard, images, labels)
-    order = sorted(range(len(images)), key=lambda i: (agreed[i], -sure[i]))
-    differing = [i for i in order if agreed[i] < 1][:worst]
-    return Album(len(images), sum(agreed) / len(agreed), [draw(i) for i in range(min(sample, len(images)))],
-                 [draw(i) for i in differing], teacher.mean is None)  # fmt: skip
 
 
 def pixels_of(teacher: Teacher, images: Tensor) -> NDArray[np.uint8]:
