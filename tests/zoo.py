@@ -292,7 +292,7 @@ CASES = {
     # deploy: input, relu, 3 x (conv, relu behind the add), mean
     "adds": Case(Adds, (IMAGE,), 4, 4, 9),
     # deploy: input, 2 convs, cat, bn, prelu, head, resize
-    "concat": Case(Concat, (IMAGE,), 3, 1, 8),
+    "concat": Case(Concat, (IMAGE,), 3, 1, 6),
     # deploy: input, relu, linear, gelu, logits
     "mlp": Case(Mlp, ((3, 2, 2),), 3, 2, 5),
     # deploy: input, stem, 2 x block, left, right, add
@@ -302,7 +302,7 @@ CASES = {
     # deploy: input, stem, leaky, branch, elu, cat, logits
     "channel split": Case(Split, (IMAGE,), 3, 2, 7),
     # deploy: input, stem, 3 x (cat, relu behind the bn), 2 convs, pool, logits
-    "dense": Case(DenseNet, (IMAGE,), 4, 3, 12),
+    "dense": Case(DenseNet, (IMAGE,), 4, 3, 9),
     # deploy: input, 5 x relu, sum
     "own forward": Case(OwnForward, (IMAGE,), 5, 5, 7),
     # deploy: input; conv, sigmoid, mul; conv, relu6, mul, div; conv, softplus, tanh, mul; conv, mean, sigmoid, mul

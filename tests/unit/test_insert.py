@@ -224,8 +224,6 @@ SHARED_NETS = {  # input, weights, paper sites, tolerance
     "camvid_cgnet": ((3, 64, 64), 126, 78, 0.25),
     "coco_fastestdet": ((3, 64, 64), 70, 48, 0.1),
 }
-# One 8-bit grid for image and features loses the features: in CGNet they meet in a concatenation before a BatchNorm.
-CONCATS = {"camvid_cgnet": ("cat", "cat:*", "*.cat")}
 
 
 @pytest.mark.parametrize("name", SHARED_NETS)
@@ -246,8 +244,7 @@ def test_networks_of_others(name: str, shared: Any) -> None:
     with torch.no_grad():
         want = net.eval()(x)
         for placement in PLACEMENTS:
-            exclude = CONCATS.get(name, ()) if placement == "deploy" else ()
-            student, report = quantize(net, QuantSpec(8, 8, placement=placement, exclude=exclude))
+            student, report = quantize(net, QuantSpec(8, 8, placement=placement))
             assert gap(want, student(x)) < tolerance
             with without_quantizers(student):
                 assert gap(want, student(x)) <= (0 if placement == "paper" else 1e-4)
@@ -282,6 +279,34 @@ def test_deploy_leaves_no_float_but_detached_norms() -> None:
     assert set(reasons("fused", "deploy")) == {"lstm"}
     assert set(reasons("concat", "deploy")) == {"bn", "act"}  # the BatchNorm and the slopes of the PReLU
     assert set(reasons("dense", "deploy")) == {"norms.0", "norms.1", "norms.2"}
+
+
+class ImageBesideFeatures(nn.Module):
+    """As in CGNet: pixels of hundreds and features of hundredths meet, and a BatchNorm gives them one scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act, self.head = (
+            nn.Conv2d(3, 5, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.PReLU(8),
+            nn.Conv2d(8, 4, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.bn(torch.cat([self.conv(x / 100) / 100, x], 1))))
+
+
+def test_what_a_batch_norm_scales_apart_keeps_grids_of_its_own() -> None:
+    """One 8-bit grid for both would leave the features less than one step."""
+    net, x = ImageBesideFeatures(), 300 * torch.randn(16, 3, 8, 8)
+    with torch.no_grad():
+        for _ in range(50):
+            net.train()(x)
+        student, report = quantize(net.eval(), QuantSpec(8, 8, "deploy"))
+        assert gap(net(x), student(x)) < 0.02
+    names = [site.name for site in report.sites]
+    assert "cat" not in names and "bn" not in names and "act" in names
 
 
 def test_unreached_modules_are_listed_and_kept() -> None:

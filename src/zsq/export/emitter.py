@@ -16,6 +16,7 @@ from zsq.errors import BadInput
 from zsq.export.builder import Builder
 from zsq.export.codes import CodeWriter
 from zsq.export.frozen import Frozen, arguments, operator_name
+from zsq.export.recorded import keeps_rounding, needed
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Value:
 # OpenVINO computes these on codes, with other results than on values: it aligns the grids of a concatenation's inputs,
 # rounds averages, and breaks constants that several nodes share behind a Pad.
 _APART = frozenset(["cat", "concat", "avg_pool1d", "avg_pool2d", "avg_pool3d", "pad", "constant_pad_nd"])
-_NO_TENSOR = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 Emit = Callable[["Emitter", fx.Node, dict[str, Any]], "Value | list[Value] | str"]
 OPERATORS: dict[str, Emit] = {}
@@ -110,12 +110,12 @@ class Emitter:
             BadInput: naming the first operator that has no translation, and where it is.
         """
         names = iter(inputs)
-        needed = _needed(self.program.graph)
+        wanted = needed(self.program.graph)
         outputs: list[str] = []
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and node.name not in self._stored:
                 self.values[node] = Value(next(names))
-            elif node.op == "call_function" and node in needed:
+            elif node.op == "call_function" and node in wanted:
                 self._call(node)
             elif node.op == "output":
                 outputs = [self.tensor(value) for value in node.args[0]]
@@ -240,7 +240,7 @@ class Emitter:
             source: the value; a clamp it is still waiting for becomes part of the rounding, a reshape waits on.
             index: of the site.
         """
-        in_float = self.keep_rounding and _ends_a_branch(node)
+        in_float = self.keep_rounding and keeps_rounding(node)
         write = self.rounding.quantize_in_float if in_float else self.rounding.quantize
         name, site = write(source.name, index, source.clamp)
         return Value(name, site, shape=source.shape)
@@ -267,15 +267,6 @@ class Emitter:
         return _meta(node).dim()
 
 
-def _ends_a_branch(node: fx.Node) -> bool:
-    """Whether a quantizer stands between a convolution and an addition, and nobody else reads it."""
-    source: Any = node.args[0]
-    if operator_name(source).split(".")[0] in ("relu", "relu6", "hardtanh", "clamp"):
-        source = source.args[0]
-    readers = [operator_name(user) for user in node.users]
-    return operator_name(source).startswith("conv") and readers in (["add.Tensor"], ["add_.Tensor"])
-
-
 def with_clamp(value: Value, low: float, high: float) -> Value:
     """The same value with bounds still to be applied."""
     return replace(value, clamp=(float(low), float(high)))
@@ -286,15 +277,3 @@ def _meta(node: fx.Node) -> Tensor:
     if not isinstance(value, Tensor):
         raise Unsupported("a result that is no tensor")
     return value
-
-
-def _needed(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose value reaches the output as data; what only computes sizes is read off the shapes instead."""
-    found: set[fx.Node] = set()
-    queue = [node for node in graph.nodes if node.op == "output"]
-    while queue:
-        for other in queue.pop().all_input_nodes:
-            if other not in found and not isinstance(other.meta.get("val"), _NO_TENSOR):
-                found.add(other)
-                queue.append(other)
-    return found

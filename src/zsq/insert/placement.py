@@ -98,9 +98,15 @@ def _needs_site(node: fx.Node, traced: Traced) -> bool:
         return False
     if op.kind == "input":
         return _reads_values(node, ops)
-    merges = op.kind in ("weighted", "norm") or op.name in ("add", "sub")
+    if op.name == "cat" and all(ops[reader].kind == "norm" for reader in readers):
+        return False  # every operand stays on its own grid: a BatchNorm gives each channel a scale of its own
     reader = sole_reader(node, ops)
-    return not (merges and reader is not None and kinds.is_rectifier(reader, ops[reader], traced.modules))
+    if reader is None:
+        return True
+    if op.kind == "norm" and ops[reader].kind == "relu":
+        return False  # both are float; the activation's site rounds what they make
+    merges = op.kind == "weighted" or op.name in ("add", "sub")
+    return not (merges and kinds.is_rectifier(reader, ops[reader], traced.modules))
 
 
 def _reads_values(node: fx.Node, ops: dict[fx.Node, Op]) -> bool:
