@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from zsq.errors import BadInput
-from zsq.quantizer import MseRange, Percentile, RunningMinMax
+from zsq.quantizer import MseRange, Percentile, RunningMinMax, WideningMinMax
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +26,7 @@ RANGES: dict[str, Callable[..., Any]] = {
     "ema": RunningMinMax,
     "mse": MseRange,
     "official": partial(RunningMinMax, correction="official"),
+    "widening": WideningMinMax,
 }
 
 
@@ -201,6 +203,22 @@ def size_class(classes: int, image: tuple[int, int, int]) -> str:
     if max(image[1:]) > 64:
         return "imagenet"
     return "cifar10" if classes <= 30 else "cifar100"
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Read HxW.
+
+    Raises:
+        BadInput: for anything but two positive whole numbers.
+
+    Example:
+        >>> image_size("176x240")
+        (176, 240)
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
+    if match is None:
+        raise BadInput("--size", expected="HxW such as 176x240", got=repr(text), fix="Give height and width.")
+    return int(match[1]), int(match[2])
 
 
 def milestones_at(shares: Sequence[float], steps: int) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -64,6 +66,49 @@ def find_units(net: nn.Module, *, leaf: Sequence[str] = ()) -> list[Unit]:
     return list(dict.fromkeys(_unit(traced, node) for node in chosen))
 
 
+def find_stages(net: nn.Module, image: tuple[int, int, int], *, leaf: Sequence[str] = ()) -> list[Unit]:
+    """Find the feature maps that a network works out at each resolution.
+
+    The end of a stage is what a strided convolution or a pooling layer reduces; the last stages are what the last
+    layers read. Not a stage: what only a stem of one layer has made, a map inside a block that begins at the same
+    resolution, the average of a gate (its map goes on beside it), and outputs without positions.
+
+    Args:
+        net: the float network.
+        image: input shape (c, h, w), large enough that every stage has more than one position.
+        leaf: patterns of modules kept whole.
+
+    Returns:
+        In order of their calls; each is named by the layer that reads it (``LAYER:input``, which in a student is
+        quantized already) or, where no layer does, by the module that gives it. Empty for a network without maps.
+
+    Raises:
+        BadInput: the network cannot be traced.
+
+    Source: ZAQ (arXiv 2103.15263) compares the outputs of the residual stages.
+    """
+    traced = _read(net, leaf)
+    sizes = _Sizes(traced, image)
+    layers = [node for node in traced.graph.nodes if traced.ops[node].kind == "weighted"]
+    reach = {node: _ancestors(node) for node in traced.graph.nodes}
+    last = set(layers).difference(*(reach[node] - {node} for node in layers))
+    ends: dict[fx.Node, bool] = {}  # end of a stage -> whether a last layer reads it
+    for node in traced.graph.nodes:
+        source = next((other for other in node.all_input_nodes if traced.ops[other].data), None)
+        if source is None or sizes[source] < 2 or not any(layer in reach[source] for layer in layers):
+            continue
+        gate = sizes[node] < 2 and len(source.users) > 1
+        if node in last or (_reduces(traced, node) and 0 < 2 * sizes[node] <= sizes[source] and not gate):
+            ends[source] = ends.get(source, False) or node in last
+    made = {end: sum(layer in reach[end] for layer in layers) for end in ends}
+    inner = {end for end in ends if not ends[end] and any(
+        other is not end and other in reach[end] and sizes[other] == sizes[end] for other in ends)}  # fmt: skip
+    stages = [end for end in traced.graph.nodes if end in ends and end not in inner]
+    stages = [end for end in stages if made[end] > 1] or stages
+    named = [unit for end in stages if (unit := _where(traced, end, sizes)) is not None]
+    return list(dict.fromkeys(named))
+
+
 def classifier_input(net: nn.Module, *, leaf: Sequence[str] = ()) -> str:
     """Name, for `look`, of what the last layer is given: the pooled features.
 
@@ -114,6 +159,51 @@ def _read(net: nn.Module, leaf: Sequence[str]) -> Traced:
     whole = frozenset(path for path in modules if path and any(fnmatchcase(path, pattern) for pattern in leaf))
     graph = trace(net, whole)
     return Traced(net, graph, classify(graph, modules), modules)
+
+
+class _Sizes(fx.Interpreter):
+    """Number of positions of every tensor of a traced network: 1 without any, 0 for what is no tensor."""
+
+    def __init__(self, traced: Traced, image: tuple[int, int, int]) -> None:
+        super().__init__(traced.root, graph=traced.graph)
+        self._sizes: dict[fx.Node, int] = {}
+        device = next((p.device for p in traced.root.parameters()), torch.device("cpu"))
+        with torch.no_grad():
+            self.run(torch.zeros(1, *image, device=device))
+
+    def run_node(self, n: fx.Node) -> object:
+        value: object = super().run_node(n)
+        self._sizes[n] = math.prod(value.shape[2:]) if isinstance(value, Tensor) and value.dim() > 1 else 0
+        return value
+
+    def __getitem__(self, node: fx.Node) -> int:
+        return self._sizes[node]
+
+
+def _reduces(traced: Traced, node: fx.Node) -> bool:
+    op = traced.ops[node]
+    return op.kind in ("weighted", "pool") or "maxpool" in op.name.replace("_", "")
+
+
+def _where(traced: Traced, node: fx.Node, sizes: _Sizes) -> Unit | None:
+    """How to see the value of a node in teacher and student alike; of the nearest node before it, if that is hidden."""
+    calls = Counter(str(other.target) for other in traced.graph.nodes if other.op == "call_module")
+    while True:
+        for reader in node.users:
+            first = reader.op == "call_module" and reader.args[:1] == (node,) and calls[str(reader.target)] == 1
+            if first and _reduces(traced, reader):
+                return Unit(f"{reader.target}{INPUT}", f"{reader.target}{INPUT}")
+        if node.op == "call_module":
+            twins = [other for other in traced.graph.nodes if (other.op, other.target) == (node.op, node.target)]
+            if twins[-1] is node and traced.ops[node].kind not in ("norm", "tuple"):
+                return Unit(str(node.target), str(node.target))
+            layer = node.all_input_nodes[0] if node.all_input_nodes else node
+            if twins[-1] is node and traced.ops[node].kind == "norm" and layer.op == "call_module":
+                return Unit(str(node.target), str(layer.target))
+        before = [other for other in node.all_input_nodes if traced.ops[other].data and sizes[other] == sizes[node]]
+        if not before:
+            return None
+        node = before[0]
 
 
 def _is_conv(traced: Traced, node: fx.Node) -> bool:

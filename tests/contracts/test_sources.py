@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zsq import recipes
 from zsq.generators import ConditionalGenerator
+from zsq.insert import QuantSpec, freeze_ranges, quantize
 from zsq.losses import bn_gap, cross_entropy
 from zsq.run import Run
 from zsq.sources.base import Batch, Source
@@ -61,6 +62,16 @@ def from_noise(teacher: Teacher) -> Source:
     return source
 
 
+def from_adversary(teacher: Teacher, *, calibrated: bool = True, **options: Any) -> Source:
+    student, _ = quantize(teacher.net, QuantSpec())
+    student.eval()
+    if calibrated:
+        with torch.no_grad():
+            student(torch.randn(32, *teacher.image, generator=torch.Generator().manual_seed(4)))
+        freeze_ranges(student)
+    return of_recipe("zaq", teacher, student=student, width=4, turns=2, **options)
+
+
 FACTORIES: dict[str, Callable[[Teacher], Source]] = {
     "generator": from_generator,
     "generator-conditional": lambda teacher: from_generator(teacher, conditional=True),
@@ -69,6 +80,10 @@ FACTORIES: dict[str, Callable[[Teacher], Source]] = {
     "qimera": lambda teacher: of_recipe("qimera", teacher, superposed=0.5),
     "qimera-official": lambda teacher: of_recipe("qimera", teacher, fidelity="official", superposed=1.0),
     "autorecon": lambda teacher: of_recipe("autorecon", teacher),
+    "zaq": from_adversary,
+    "zaq-early": lambda teacher: from_adversary(teacher, calibrated=False),
+    "zaq-official": lambda teacher: from_adversary(teacher, fidelity="official"),
+    "zaq-bns": lambda teacher: from_adversary(teacher, bns_weight=0.1),
     "pool": from_pool,
     "pool-cropped": lambda teacher: CropSource(from_pool(teacher), scale=(0.5, 1.0)),
     "noise": from_noise,

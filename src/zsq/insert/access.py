@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zsq.errors import BadInput
 from zsq.grid import Grid, encode
@@ -155,6 +156,23 @@ def observe_ranges(student: nn.Module) -> None:
     for module in _require_student(student).modules():
         if isinstance(module, ObservedRange):
             module.observing = True
+
+
+@contextmanager
+def moving(student: nn.Module) -> Iterator[nn.Module]:
+    """Let ranges and BatchNorm statistics follow what passes within a ``with`` block; both are fixed behind it.
+
+    Args:
+        student: from `quantize`, in eval mode; in eval mode again behind the block.
+    """
+    observe_ranges(student)
+    for module in student.modules():
+        module.training = isinstance(module, _BatchNorm)
+    try:
+        yield student
+    finally:
+        student.eval()
+        freeze_ranges(student)
 
 
 @contextmanager

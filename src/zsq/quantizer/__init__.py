@@ -2,7 +2,8 @@
 
 * LiveMinMax (weights): the range of the tensor itself, at every call.
 * RunningMinMax (activations): average of the batches' extremes.
-* Percentile (activations): the same without the outermost values.
+* WideningMinMax (activations): extremes of everything seen.
+* Percentile (activations): average of the batches' ranges without the outermost values.
 * MseRange (both): the shrunken range with the least error.
 * LearnedStep (both): step and offset trained with the network, initialised like MseRange.
 """
@@ -17,7 +18,8 @@ from zsq.grid import Grid, learned_fake_quantize, learned_grid
 from zsq.quantizer.base import ObservedRange, Quantizer
 from zsq.quantizer.ranges import least_error, min_max, percentile
 
-__all__ = ["LearnedStep", "LiveMinMax", "MseRange", "ObservedRange", "Percentile", "Quantizer", "RunningMinMax"]
+__all__ = ["LearnedStep", "LiveMinMax", "MseRange", "ObservedRange", "Percentile", "Quantizer", "RunningMinMax",
+           "WideningMinMax"]  # fmt: skip
 
 
 class LiveMinMax(Quantizer):
@@ -93,6 +95,31 @@ class RunningMinMax(ObservedRange):
         if self.correction == "official":
             return (old * self.momentum + new * (1 - self.momentum)) / weight
         return super()._average(old, new, weight)
+
+
+class WideningMinMax(ObservedRange):
+    """Extremes of everything seen while observing: the range only ever widens, one outlier stays for good.
+
+    Args:
+        bits, axis, symmetric, include_zero, clip_gradient: see `Quantizer`.
+        momentum: not used, as in the released code, which declares it.
+
+    Source: ZAQ (arXiv 2103.15263), activation ranges of the released code.
+
+    Example:
+        >>> quantizer = WideningMinMax(4)
+        >>> _ = quantizer(torch.tensor([0.0, 3.0])), quantizer(torch.tensor([-1.0, 2.0]))
+        >>> quantizer.lo.item(), quantizer.hi.item()
+        (-1.0, 3.0)
+    """
+
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of x and of all before it."""
+        lo, hi = min_max(x, self.axis)
+        return (torch.minimum(lo, self.lo), torch.maximum(hi, self.hi)) if self._observed else (lo, hi)
+
+    def _average(self, old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+        return new
 
 
 class Percentile(ObservedRange):

@@ -77,6 +77,16 @@ def learning() -> Iterator[None]:
         yield
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer its state from a file, which does not keep memory formats."""
+    optimizer.load_state_dict(state)
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            # The fused kernel walks through memory without looking at strides: state has to lie like its parameter.
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 class GeneratorSource:
     """Images from a generator trained to please the teacher.
 
@@ -183,14 +193,8 @@ class GeneratorSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self._optimizer, state["optimizer"])
         self._count = state["count"]
-        for parameter, slots in self._optimizer.state.items():
-            for name, value in slots.items():
-                # The fused kernel walks through memory without looking at strides: state has to lie like its parameter,
-                # and a file does not keep memory formats.
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _make(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """One batch of images (with gradient) and its labels, both on the device."""

@@ -1,0 +1,214 @@
+"""ZAQ: a generator looks for images on which teacher and student differ, the student learns from them (Liu et al., CVPR 2021).
+
+"Zero-shot Adversarial Quantization" (arXiv 2103.15263). The difference is that of the outputs plus that of the channels'
+relations at the end of every stage. No labels and no BatchNorm statistics: any network, any task with raw outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+
+from zsq import losses
+from zsq.discrepancy import excitation, output_gap, stage_gap
+from zsq.fit import calibrate, fit
+from zsq.generators_adversarial import AdversaryGenerator, input_space
+from zsq.health import Health
+from zsq.insert import QuantSpec, codes_and_latents, quantize
+from zsq.insert.access import moving
+from zsq.presets import RANGES, Outcome, choose, feed, image_size, milestones_at, settle
+from zsq.quantizer import LiveMinMax
+from zsq.run import Run
+from zsq.sources.adversary import AdversarySource
+from zsq.sources.base import Batch, Source
+from zsq.teachers import Teacher
+from zsq.units import find_stages
+from zsq.view import View, look
+
+PAPER = "Liu et al., CVPR 2021, arXiv 2103.15263"
+PARTS = "adversarial generator | live min/max weights, percentile activations | output L1 + channel relations"
+Switch = Literal["on", "off"]
+
+RELEASED = {
+    "ranges": "widening", "symmetric": "off", "frozen": "off", "lr": 0.1, "decay": "steps", "clip": 0.0, "features": "feature_l1",
+    "stage_weights": "uniform", "alpha": 1.0, "beta": 0.1, "damping": "off", "turns": 5, "early": "off", "replay": 0.0,
+    "restart": "off", "width": 64, "generator_lr": 1e-3, "betas": [0.9, 0.999], "bns_weight": 0.0,
+}  # fmt: skip
+FIDELITY: dict[str, dict[str, Any]] = {
+    "best": {
+        "ranges": "percentile", "symmetric": "off", "frozen": "on", "lr": 1e-3, "decay": "cosine", "clip": 1.0, "features": "crm",
+        "stage_weights": "adaptive", "alpha": 1.0, "beta": 0.05, "damping": "on", "turns": 5, "early": "on", "replay": 0.25,
+        "restart": "on", "width": 32, "generator_lr": 1e-3, "betas": [0.5, 0.999], "bns_weight": 0.0,
+    },
+    "paper": {**RELEASED, "symmetric": "on", "features": "crm", "stage_weights": "adaptive", "alpha": 0.1, "beta": 0.05},
+    "official": RELEASED,
+}  # fmt: skip
+BUDGETS: dict[str, dict[str, Any]] = {
+    "quick": {"warmup": 100, "steps": 300, "batch": 64},
+    "standard": {"warmup": 200, "steps": 1000, "batch": 64},
+    "paper": {"warmup": 50, "steps": 90_000, "batch": 256},
+}
+
+
+def source(
+    teacher: Teacher, *, student: nn.Module, batch: int, milestones: tuple[int, ...] = (), fidelity: str = "best",
+    image: tuple[int, int, int] | None = None, say: Callable[[str], None] | None = None, **options: Any,
+) -> AdversarySource:  # fmt: skip
+    """The adversary (zaq.md, sections 2 to 5): minimises -D_o - alpha D_f + beta L_a, damped by a logarithm if asked to.
+
+    Args:
+        teacher: any network.
+        student: whose gap to the teacher the images widen.
+        batch: images per draw.
+        milestones: draws at which the generator's learning rate decays by 0.1.
+        fidelity: best, paper or official.
+        image: (c, h, w) of the images; the teacher's if not given.
+        say: is told about a restart.
+        options: in place of what the row of `FIDELITY` says.
+    """
+    row = settle(choose("--fidelity", fidelity, FIDELITY), **options)
+    damp = torch.log1p if row.damping == "on" else torch.clone
+    size = image or teacher.image
+    stages = [] if row.features == "off" else find_stages(teacher.net, size)
+    d_f = partial(stage_gap, form=row.features, weighting=row.stage_weights)
+
+    def generator_loss(s: View, t: View) -> dict[str, Tensor]:
+        terms = {"g_gap": -damp(output_gap(s.logits, t.logits))}
+        if stages:
+            terms["g_stages"] = -row.alpha * damp(d_f(s.features.values(), t.features.values()))
+            terms["g_excite"] = row.beta * excitation(list(t.features.values())[-1])
+        return terms | ({"g_bns": row.bns_weight * losses.bn_gap(t.norms)} if row.bns_weight else {})
+
+    space = input_space(size, teacher.mean, teacher.std, teacher.device)
+    return AdversarySource(
+        teacher, student, lambda rng: AdversaryGenerator(size, space, width=row.width, rng=rng), generator_loss,
+        name="zaq+bns" if row.bns_weight else "zaq", batch=batch, stages=stages, norms=row.bns_weight > 0, betas=tuple(row.betas),
+        lr=row.generator_lr, milestones=milestones, turns=row.turns, early=row.early == "on", replay=row.replay,
+        watch=20 if row.restart == "on" else 0, say=say,
+    )  # fmt: skip
+
+
+def zaq(
+    teacher: Teacher, run: Run, *, spec: QuantSpec | None = None, images: Source | None = None, budget: str = "quick",
+    fidelity: str = "best", steps: int | None = None, warmup: int | None = None, batch: int | None = None,
+    micro_batch: int | None = None, size: str | None = None, width: int | None = None, turns: int | None = None,
+    early: Switch | None = None, generator_lr: float | None = None, lr: float | None = None, weight_decay: float = 5e-4,
+    decay: Literal["cosine", "steps"] | None = None, clip: float | None = None, alpha: float | None = None,
+    beta: float | None = None, features: Literal["crm", "feature_l1", "off"] | None = None,
+    stage_weights: Literal["adaptive", "uniform", "softmax"] | None = None, damping: Switch | None = None,
+    replay: float | None = None, restart: Switch | None = None, frozen: Switch | None = None,
+    bns_weight: float | None = None, symmetric: Switch | None = None,
+    ranges: Literal["percentile", "ema", "mse", "widening"] | None = None,
+) -> Outcome:  # fmt: skip
+    """Quantize `teacher` with ZAQ.
+
+    Args:
+        teacher: the float network; it needs neither BatchNorm nor classes.
+        run: where progress, checkpoints and results go.
+        spec: bits, placement, patterns; the ranges are this recipe's.
+        images: another source in place of the adversary.
+        budget: quick, standard or paper.
+        fidelity: best, paper or official (the released behaviour without its ranges from the test set).
+        steps: student updates; the budget's if not given.
+        warmup: batches the activation ranges are taken from; the budget's if not given.
+        batch: images per step; the budget's if not given.
+        micro_batch: split the student's batch into parts of at most this size, same gradient, less memory.
+        size: HxW of the generated images, for networks that take any size; the teacher's if not given.
+        width: channels of the generator's last layers; the fidelity's if not given, half of it above 64 pixels.
+        turns: student updates per step of the generator.
+        early: on lets the generator learn during the warm-up, against the rounded weights alone.
+        generator_lr: of the generator's Adam.
+        lr: of the student's SGD; the fidelity's if not given.
+        weight_decay: of the student's SGD; with frozen statistics, of weights only.
+        decay: of the student's learning rate: along half a cosine, or by 0.1 after each third of the run.
+        clip: largest norm of the student's gradient, 0 for none.
+        alpha: weight of the stages' discrepancy.
+        beta: weight of the activation regularisation.
+        features: compared at each stage: channel relations (crm), normalised features as the released code (feature_l1), off.
+        stage_weights: of the stages' discrepancies: adaptive (the widest count most), uniform or softmax.
+        damping: on makes the generator maximise log(1 + D) instead of D.
+        replay: share of each batch that earlier batches of the generator give.
+        restart: on restarts the generator when it collapses.
+        frozen: on keeps the student's ranges and BatchNorm statistics as they are after the warm-up.
+        bns_weight: weight of the BatchNorm statistics in the generator's loss; above 0 the images are called zaq+bns.
+        symmetric: on gives weights and activations symmetric ranges, as the paper.
+        ranges: rule of the activation ranges: percentile, ema (of minimum and maximum), mse or widening (extremes so far).
+
+    Returns:
+        Student, report, source and the numbers the presets settled on.
+
+    Raises:
+        BadInput: for presets that do not exist, or an image size that cannot be meant.
+
+    | what | paper | official code | here | why | test |
+    |---|---|---|---|---|---|
+    | stages' discrepancy | L1 of channel relation maps | attention on normalised features, within 2 % of twice their L1; maps of (hw)^2 | relation maps (best, paper), L1 of normalised features (official) | c x c per image instead of hw x hw | tests/unit/test_discrepancy.py |
+    | dead channels | not stated | 0/0 in the unused relation map | relation 0 | half of the channels may be dead | tests/unit/test_discrepancy.py |
+    | stage weights | adaptive, formula not known to us | ones | L d_l / sum d per image (best, paper), ones (official) | the widest gap counts most | tests/unit/test_discrepancy.py |
+    | alpha, beta | 0.1, 0.05 | 1, 0.1 | 1, 0.05 (best), as stated, as released | docs/findings.md | tests/unit/test_zaq.py |
+    | generator's loss | -D + beta L_a | the same, unbounded below | -log(1 + D) + beta L_a (best), as published | cannot run away | tests/unit/test_zaq.py |
+    | quantizer | symmetric | affine, weights per channel | affine (best, official), symmetric (paper) | symmetric wastes half the codes behind a ReLU | tests/unit/test_zaq.py |
+    | activation ranges | not stated | extremes so far, of every forward, the test set's included | fixed after the warm-up, 99.9 % of the values (best); extremes so far, of training batches (paper, official) | the test set selects nothing; one outlier stays for good | tests/unit/test_zaq.py |
+    | BatchNorm of the student | not stated | batch statistics, also while the generator learns | the teacher's statistics (best), batch statistics in its own updates (paper, official) | they drift to the generator's images; a source changes no student | tests/unit/test_zaq.py |
+    | student's optimizer | not stated | SGD 0.1, decay 5e-4 on everything | Nesterov 1e-3, cosine, norm clipped at 1 (best), as released | a copy of the teacher needs small steps | tests/unit/test_zaq.py |
+    | generator during warm-up | no warm-up | no warm-up | learns against the rounded weights (best), does not learn | ranges should come from images that matter | tests/unit/test_adversary.py |
+    | past images, restarts | none | none | a quarter of each batch; on collapse (best), none | the student forgets what the generator left | tests/unit/test_adversary.py |
+    | checkpoint reported | not stated | best on the test set | last | nothing is chosen on test data | tests/test_architecture.py |
+    """  # fmt: skip
+    plan = settle(
+        choose("--budget", budget, BUDGETS), choose("--fidelity", fidelity, FIDELITY),
+        steps=steps, warmup=warmup, batch=batch, width=width, turns=turns, early=early, generator_lr=generator_lr, lr=lr,
+        weight_decay=weight_decay, decay=decay, clip=clip, alpha=alpha, beta=beta, features=features,
+        stage_weights=stage_weights, damping=damping, replay=replay, restart=restart, frozen=frozen, bns_weight=bns_weight,
+        symmetric=symmetric, ranges=ranges, size=size,
+    )  # fmt: skip
+    image = (teacher.image[0], *image_size(plan.size)) if plan.size else teacher.image
+    weight, act = (partial(rule, symmetric=plan.symmetric == "on") for rule in (LiveMinMax, RANGES[plan.ranges]))
+    student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=weight, act=act))
+    later = milestones_at((1 / 3, 2 / 3), plan.steps)
+    make = partial(source, teacher, student=student, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later),
+                   image=image, say=run.note, **{name: getattr(plan, name) for name in FIDELITY["best"]})  # fmt: skip
+    batches = feed(images, make, batch=plan.batch)
+
+    calibrate(student, batches, steps=plan.warmup, run=run, observe_last=50)
+
+    stages = [] if plan.features == "off" else find_stages(teacher.net, image)
+    d_f = partial(stage_gap, form=plan.features, weighting=plan.stage_weights)
+    at_student, at_teacher = ([stage.within(net) for stage in stages] for net in (student, teacher.net))
+
+    def gradient(part: Batch, share: float) -> dict[str, Tensor]:
+        with torch.no_grad():
+            t = look(teacher.net, part.images, features=at_teacher)
+        with torch.enable_grad(), nullcontext() if plan.frozen == "on" else moving(student):
+            s = look(student, part.images, features=at_student)
+            terms = {"gap": output_gap(s.logits, t.logits)}
+            if stages:
+                terms["stages"] = plan.alpha * d_f(s.features.values(), t.features.values())
+            (share * torch.stack(list(terms.values())).sum()).backward()
+        return terms
+
+    def bounded(*_: Any) -> None:
+        clip_grad_norm_(student.parameters(), plan.clip or math.inf)
+
+    bare = plan.frozen == "on"  # no decay of BatchNorm and bias
+    groups = [{"params": [p for p in student.parameters() if p.dim() > 1], "weight_decay": weight_decay},
+              {"params": [p for p in student.parameters() if p.dim() < 2], "weight_decay": 0.0 if bare else weight_decay}]  # fmt: skip
+    sgd = SGD(groups, plan.lr, momentum=0.9, nesterov=plan.decay == "cosine")
+    sgd.register_step_pre_hook(bounded)
+    cosine = CosineAnnealingLR(sgd, max(plan.steps, 1))
+    slower = cosine if plan.decay == "cosine" else MultiStepLR(sgd, later, gamma=0.1)
+    noise = input_space(image, teacher.mean, teacher.std, teacher.device).noise(32, image, run.rng("noise", 0))
+    health = Health(student, teacher.net, batches, run, gap=output_gap, noise=noise.to(teacher.device))
+    fit(student, teacher, batches, None, sgd, steps=plan.steps, run=run, schedulers=[slower, health], gradient=gradient,
+        micro_batch=micro_batch, history_of=partial(codes_and_latents, student))  # fmt: skip
+    return Outcome(student, report, batches, vars(plan))
