@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,24 @@ from torch import Tensor
 
 from zsq.errors import BadInput
 
+if TYPE_CHECKING:
+    from zsq.tasks import Task
+
 Form = Literal["crm", "feature_l1"]
 Weighting = Literal["adaptive", "uniform", "softmax"]
 _EPS = 1e-6  # a channel that is zero everywhere, as many are behind a ReLU, is related to nothing: 0, not 0/0
+_FLOOR = 0.05  # weight of a position that shows nothing, against 1.05 for one that surely shows an object
 _TAU = 0.1  # of the softmax weighting; channel relations differ by a few hundredths
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _unit(z: Tensor, dim: int) -> Tensor:
+    """Vectors of length 1; shorter than 1e-6 they become 0 and pass no gradient, which would be 1e6 times too large."""
+    norm = torch.linalg.vector_norm(z, dim=dim, keepdim=True)
+    return torch.where(norm > _EPS, z / norm.clamp_min(_EPS), 0.0)
 
 
 def output_gap(student: Tensor, teacher: Tensor) -> Tensor:
@@ -46,6 +56,38 @@ def output_gap(student: Tensor, teacher: Tensor) -> Tensor:
     return (_wide(student) - _wide(teacher)).abs().mean()
 
 
+def task_gap(student: Tensor, teacher: Tensor, *, task: Task) -> Tensor:
+    """D_o of a task's raw output: `output_gap` of a single part; of several, e.g. a detector's, the sum of their gaps.
+
+    Of several parts each is divided by the mean magnitude of the teacher's, so that none owns the sum. Boxes count by
+    smooth L1. Classes and boxes weigh (foreground + 0.05) at each position, scaled to mean 1: what a detector says of
+    boxes on the background means nothing. Scales and weights belong to one image and carry no gradient.
+
+    Args:
+        student: raw output [b, channels, ...].
+        teacher: of the same images.
+        task: knows the parts.
+
+    Returns:
+        0-dim tensor.
+
+    Source: for one part ZAQ (arXiv 2103.15263); its detection loss is not published, this one is ours.
+    """
+    ours, theirs = task.parts(_wide(student)), task.parts(_wide(teacher))
+    if len(theirs) == 1:
+        return output_gap(student, teacher)
+    seen = task.foreground(teacher.detach())
+    gaps = []
+    for name, told in theirs.items():
+        gap = F.smooth_l1_loss(ours[name], told, reduction="none") if name == "box" else (ours[name] - told).abs()
+        gap = gap.mean(1).flatten(1)
+        if seen is not None and name != "objectness":
+            weight = seen.to(gap.dtype).flatten(1) + _FLOOR
+            gap = gap * (weight / weight.mean(1, keepdim=True))
+        gaps.append((gap.mean(1) / told.detach().abs().flatten(1).mean(1).clamp_min(_EPS)).mean())
+    return torch.stack(gaps).sum()
+
+
 def channel_relations(z: Tensor) -> Tensor:
     """Channel relation map: cosine between every two channels of every sample, over positions.
 
@@ -60,7 +102,7 @@ def channel_relations(z: Tensor) -> Tensor:
 
     Source: ZAQ (arXiv 2103.15263), intermediate level.
     """
-    rows = F.normalize(_wide(z).flatten(2), dim=2, eps=_EPS)
+    rows = _unit(_wide(z).flatten(2), dim=2)
     return rows @ rows.mT
 
 
@@ -94,7 +136,7 @@ def feature_gap(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: ZAQ, the released code (not the paper).
     """
-    a, b = (F.normalize(_wide(z).flatten(2), dim=1) for z in (student, teacher))
+    a, b = (_unit(_wide(z).flatten(2), dim=1) for z in (student, teacher))
     return 2 * (a - b).abs().mean((1, 2))
 
 

@@ -161,6 +161,32 @@ def generator_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
     return dict(choose("--budget", name, table))
 
 
+def adversary_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
+    """Steps and batch of ZAQ, by budget and image size.
+
+    `paper` is the schedule of the released code: 300 epochs of 60 iterations of 5 student updates. The others are ours.
+
+    Args:
+        name: "quick", "standard" or "paper".
+        image: (c, h, w) of the generated images.
+
+    Returns:
+        ``warmup`` (batches the ranges are taken from), ``steps`` (student updates), ``batch``.
+
+    Raises:
+        BadInput: for an unknown budget.
+
+    Source: ZAQ, the released code.
+    """
+    small = max(image[1:]) <= 64
+    table = {
+        "quick": {"warmup": 100, "steps": 300, "batch": 64} if small else {"warmup": 60, "steps": 200, "batch": 8},
+        "standard": {"warmup": 200, "steps": 1000, "batch": 64 if small else 8},
+        "paper": {"warmup": 50, "steps": 90_000, "batch": 256 if small else 64},
+    }
+    return dict(choose("--budget", name, table))
+
+
 def noise_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
     """Images, steps and batch of the recipes that optimise a pool from noise and train on it (IntraQ, HAST).
 

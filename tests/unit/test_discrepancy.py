@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zsq.discrepancy import channel_relations, excitation, feature_gap, output_gap, relation_gap, stage_gap
+from zsq.discrepancy import channel_relations, excitation, feature_gap, output_gap, relation_gap, stage_gap, task_gap
 from zsq.errors import BadInput
+from zsq.tasks import Classify, Detect, Part, Segment
 
 
 def features(*shape: int, seed: int = 0) -> Tensor:
@@ -68,12 +71,13 @@ def test_relations_do_not_feel_the_scale_of_a_channel(seed: int, channels: int) 
     assert gap.min() >= 0 and gap.max() <= 2 + 1e-5
 
 
-def test_dead_channels_have_finite_gradients() -> None:
+@pytest.mark.parametrize("gap", [relation_gap, feature_gap])
+def test_dead_channels_and_positions_do_not_own_the_gradient(gap: Callable[[Tensor, Tensor], Tensor]) -> None:
     z = features(2, 4, 3, 3)
-    z[:, 1] = 0
+    z[:, 1], z[:, :, 2] = 0, 0  # 0/0, and a slope of one over epsilon, in the naive form
     z.requires_grad_()
-    relation_gap(z, features(2, 4, 3, 3, seed=1)).sum().backward()
-    assert z.grad is not None and z.grad.isfinite().all() and z.grad.abs().max() > 0
+    gap(z, features(2, 4, 3, 3, seed=1)).sum().backward()
+    assert z.grad is not None and 0 < z.grad.abs().max() < 10
 
 
 def test_feature_gap_is_the_released_loss_without_its_maps() -> None:
@@ -113,6 +117,39 @@ def test_excitation_rewards_large_features() -> None:
     z = features(2, 3, 4, 4)
     assert float(excitation(z)) == pytest.approx(-float(z.double().abs().mean()), rel=1e-6)
     assert excitation(2 * z) < excitation(z)
+
+
+DETECT = Detect(3, (Part("objectness", 1, "sigmoid"), Part("box", 4), Part("class", 3, "softmax")))
+
+
+def test_the_gap_of_a_detector_by_hand() -> None:
+    p, q = (torch.randn(2, 8, 3, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    by_hand = torch.zeros(2, dtype=torch.float64)
+    for n in range(2):
+        t, s = p[n].double().flatten(1), q[n].double().flatten(1)  # [8, 12]
+        weight = t[0].sigmoid() + 0.05
+        weight = weight / weight.mean()
+        by_hand[n] += (s[0] - t[0]).abs().mean() / t[0].abs().mean()
+        d = (s[1:5] - t[1:5]).abs()
+        smooth = torch.where(d < 1, 0.5 * d * d, d - 0.5).mean(0)
+        by_hand[n] += (smooth * weight).mean() / t[1:5].abs().mean()
+        by_hand[n] += ((s[5:] - t[5:]).abs().mean(0) * weight).mean() / t[5:].abs().mean()
+    assert float(task_gap(q, p, task=DETECT)) == pytest.approx(float(by_hand.mean()), rel=1e-5)
+    halves = [float(task_gap(q[cut], p[cut], task=DETECT)) for cut in (slice(1), slice(1, 2))]
+    assert sum(halves) / 2 == pytest.approx(float(by_hand.mean()), rel=1e-5)
+
+
+def test_one_part_is_compared_as_it_is() -> None:
+    p, q = features(2, 5, 3, 3), features(2, 5, 3, 3, seed=1)
+    assert torch.equal(task_gap(q, p, task=Segment(5)), output_gap(q, p))
+    assert torch.equal(task_gap(q[:, :, 0, 0], p[:, :, 0, 0], task=Classify(5)), output_gap(q[..., 0, 0], p[..., 0, 0]))
+
+
+def test_the_gap_reaches_the_image_through_the_teacher_too() -> None:
+    p, q = torch.randn(2, 8, 3, 3).requires_grad_(), torch.randn(2, 8, 3, 3).requires_grad_()
+    task_gap(q, p, task=DETECT).backward()
+    assert p.grad is not None and q.grad is not None
+    assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in (p.grad, q.grad))
 
 
 def test_what_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,12 @@ def test_folded_batchnorm_is_found_in_front() -> None:
     assert names == [("body.3", "body.2")]
 
 
+FACTS: dict[str, dict[str, Any]] = {
+    "camvid_cgnet": {"task": "segment", "classes": 11},
+    "coco_fastestdet": {"task": "detect", "classes": 80},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "image", "expected"),
     [
@@ -108,8 +116,5 @@ def test_folded_batchnorm_is_found_in_front() -> None:
 )
 def test_real_networks(shared: Shared, name: str, image: tuple[int, int, int], expected: list[tuple[int, ...]]) -> None:
     weights, nets = shared / f"teachers/{name}.safetensors", shared / "teachers/nets.py"
-    if name != "cifar10_resnet20_a":
-        pytest.importorskip("zsq.tasks", reason="dense outputs")
-    facts = {} if name != "cifar10_resnet20_a" else {"image": image}
-    net = load_teacher(f"{nets}:{name}", weights=weights, **facts).net  # type: ignore[arg-type]
+    net = load_teacher(f"{nets}:{name}", weights=weights, image=image, **FACTS.get(name, {})).net
     assert maps(net, image) == maps(net, image, student=True) == expected

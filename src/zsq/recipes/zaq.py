@@ -20,13 +20,13 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from zsq import losses
-from zsq.discrepancy import excitation, output_gap, stage_gap
+from zsq.discrepancy import excitation, stage_gap, task_gap
 from zsq.fit import calibrate, fit
-from zsq.generators_adversarial import AdversaryGenerator, input_space
+from zsq.generators_adversarial import SMALL, AdversaryGenerator, input_space
 from zsq.health import Health
 from zsq.insert import QuantSpec, codes_and_latents, quantize
 from zsq.insert.access import moving
-from zsq.presets import RANGES, Outcome, choose, feed, image_size, milestones_at, settle
+from zsq.presets import RANGES, Outcome, adversary_budget, choose, feed, image_size, milestones_at, settle
 from zsq.quantizer import LiveMinMax
 from zsq.run import Run
 from zsq.sources.adversary import AdversarySource
@@ -53,12 +53,6 @@ FIDELITY: dict[str, dict[str, Any]] = {
     "paper": {**RELEASED, "symmetric": "on", "features": "crm", "stage_weights": "adaptive", "alpha": 0.1, "beta": 0.05},
     "official": RELEASED,
 }  # fmt: skip
-BUDGETS: dict[str, dict[str, Any]] = {
-    "quick": {"warmup": 100, "steps": 300, "batch": 64},
-    "standard": {"warmup": 200, "steps": 1000, "batch": 64},
-    "paper": {"warmup": 50, "steps": 90_000, "batch": 256},
-}
-
 
 def source(
     teacher: Teacher, *, student: nn.Module, batch: int, milestones: tuple[int, ...] = (), fidelity: str = "best",
@@ -83,7 +77,7 @@ def source(
     d_f = partial(stage_gap, form=row.features, weighting=row.stage_weights)
 
     def generator_loss(s: View, t: View) -> dict[str, Tensor]:
-        terms = {"g_gap": -damp(output_gap(s.logits, t.logits))}
+        terms = {"g_gap": -damp(task_gap(s.logits, t.logits, task=teacher.outputs))}
         if stages:
             terms["g_stages"] = -row.alpha * damp(d_f(s.features.values(), t.features.values()))
             terms["g_excite"] = row.beta * excitation(list(t.features.values())[-1])
@@ -165,14 +159,15 @@ def zaq(
     | past images, restarts | none | none | a quarter of each batch; on collapse (best), none | the student forgets what the generator left | tests/unit/test_adversary.py |
     | checkpoint reported | not stated | best on the test set | last | nothing is chosen on test data | tests/test_architecture.py |
     """  # fmt: skip
+    image = (teacher.image[0], *image_size(size)) if size else teacher.image
     plan = settle(
-        choose("--budget", budget, BUDGETS), choose("--fidelity", fidelity, FIDELITY),
+        adversary_budget(budget, image), choose("--fidelity", fidelity, FIDELITY),
+        {"width": 16} if fidelity == "best" and max(image[1:]) > SMALL else {},
         steps=steps, warmup=warmup, batch=batch, width=width, turns=turns, early=early, generator_lr=generator_lr, lr=lr,
         weight_decay=weight_decay, decay=decay, clip=clip, alpha=alpha, beta=beta, features=features,
         stage_weights=stage_weights, damping=damping, replay=replay, restart=restart, frozen=frozen, bns_weight=bns_weight,
         symmetric=symmetric, ranges=ranges, size=size,
     )  # fmt: skip
-    image = (teacher.image[0], *image_size(plan.size)) if plan.size else teacher.image
     weight, act = (partial(rule, symmetric=plan.symmetric == "on") for rule in (LiveMinMax, RANGES[plan.ranges]))
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=weight, act=act))
     later = milestones_at((1 / 3, 2 / 3), plan.steps)
@@ -183,6 +178,7 @@ def zaq(
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=50)
 
     stages = [] if plan.features == "off" else find_stages(teacher.net, image)
+    d_o = partial(task_gap, task=teacher.outputs)
     d_f = partial(stage_gap, form=plan.features, weighting=plan.stage_weights)
     at_student, at_teacher = ([stage.within(net) for stage in stages] for net in (student, teacher.net))
 
@@ -191,7 +187,7 @@ def zaq(
             t = look(teacher.net, part.images, features=at_teacher)
         with torch.enable_grad(), nullcontext() if plan.frozen == "on" else moving(student):
             s = look(student, part.images, features=at_student)
-            terms = {"gap": output_gap(s.logits, t.logits)}
+            terms = {"gap": d_o(s.logits, t.logits)}
             if stages:
                 terms["stages"] = plan.alpha * d_f(s.features.values(), t.features.values())
             (share * torch.stack(list(terms.values())).sum()).backward()
@@ -208,7 +204,7 @@ def zaq(
     cosine = CosineAnnealingLR(sgd, max(plan.steps, 1))
     slower = cosine if plan.decay == "cosine" else MultiStepLR(sgd, later, gamma=0.1)
     noise = input_space(image, teacher.mean, teacher.std, teacher.device).noise(32, image, run.rng("noise", 0))
-    health = Health(student, teacher.net, batches, run, gap=output_gap, noise=noise.to(teacher.device))
+    health = Health(student, teacher.net, batches, run, gap=d_o, noise=noise.to(teacher.device))
     fit(student, teacher, batches, None, sgd, steps=plan.steps, run=run, schedulers=[slower, health], gradient=gradient,
         micro_batch=micro_batch, history_of=partial(codes_and_latents, student))  # fmt: skip
     return Outcome(student, report, batches, vars(plan))
