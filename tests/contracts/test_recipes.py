@@ -27,15 +27,10 @@ from zsq.teachers import Teacher
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "recipes.json").read_text())
 NAMES = recipes.names()
-<<<<<<< HEAD
 SHORT: dict[str, Any] = {"steps": 3, "warmup": 3, "batch": 8, "count": 32, "iterations": 3, "rounding": 2}
 POOLED = {"hast", "intraq", "zeroq", "zsq"}  # images are made first, as a stage of their own; some are held out
 OURS = {"zsq"}  # no paper and no released program to follow
-=======
-SHORT: dict[str, Any] = {"steps": 3, "warmup": 3, "batch": 8, "count": 32, "iterations": 3}
-POOLED = {"hast", "intraq", "zeroq"}  # images are made first, as a stage of their own; some are held out
 WITHOUT_STATISTICS = {"zaq"}  # any network will do
->>>>>>> a03177f (Recipe zaq: an adversarial generator, discrepancies of outputs and channel relations, robust switches)
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
@@ -246,13 +241,9 @@ def test_fidelity_sets_the_learning_rate_and_the_option_wins(name: str) -> None:
     table = recipes.module(name).FIDELITY
     plans = {row: short_run(name, tiny_teacher(), fidelity=row, steps=0).plan for row in table}
     assert all(plan["lr"] == table[row]["lr"] for row, plan in plans.items())
-<<<<<<< HEAD
-    if name not in OURS:
-        assert plans["paper"]["lr"] == plans["official"]["lr"] == {"hast": 1e-5}.get(name, 1e-4)  # up to 64 pixels
-=======
     published = {"hast": 1e-5, "zaq": 0.1}.get(name, 1e-4)  # up to 64 pixels
-    assert plans["paper"]["lr"] == plans["official"]["lr"] == published
->>>>>>> a03177f (Recipe zaq: an adversarial generator, discrepancies of outputs and channel relations, robust switches)
+    if name not in OURS:
+        assert plans["paper"]["lr"] == plans["official"]["lr"] == published
     assert short_run(name, tiny_teacher(), lr=0.5, steps=0).plan["lr"] == 0.5
 
 
