@@ -6,7 +6,6 @@ relations at the end of every stage. No labels and no BatchNorm statistics: any 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,11 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from zsq import losses
+from zsq.descent import bounded_sgd
 from zsq.discrepancy import excitation, stage_gap, task_gap
 from zsq.fit import calibrate, fit
 from zsq.generators_adversarial import SMALL, AdversaryGenerator, input_space
@@ -38,21 +35,17 @@ from zsq.view import View, look
 PAPER = "Liu et al., CVPR 2021, arXiv 2103.15263"
 PARTS = "adversarial generator | live min/max weights, percentile activations | output L1 + channel relations"
 Switch = Literal["on", "off"]
-
-RELEASED = {
-    "ranges": "widening", "symmetric": "off", "frozen": "off", "lr": 0.1, "decay": "steps", "clip": 0.0, "features": "feature_l1",
-    "stage_weights": "uniform", "alpha": 1.0, "beta": 0.1, "damping": "off", "turns": 5, "early": "off", "replay": 0.0,
-    "restart": "off", "width": 64, "generator_lr": 1e-3, "betas": [0.9, 0.999], "bns_weight": 0.0,
-}  # fmt: skip
+RELEASED = {"ranges": "widening", "symmetric": "off", "frozen": "off", "lr": 0.1, "decay": "steps", "clip": 0.0, "features": "feature_l1",
+            "stage_weights": "uniform", "alpha": 1.0, "beta": 0.1, "damping": "off", "turns": 5, "early": "off", "replay": 0.0,
+            "restart": "off", "width": 64, "generator_lr": 1e-3, "betas": [0.9, 0.999], "bns_weight": 0.0}  # fmt: skip
 FIDELITY: dict[str, dict[str, Any]] = {
-    "best": {
-        "ranges": "percentile", "symmetric": "off", "frozen": "on", "lr": 1e-3, "decay": "cosine", "clip": 1.0, "features": "crm",
-        "stage_weights": "adaptive", "alpha": 1.0, "beta": 0.05, "damping": "on", "turns": 5, "early": "on", "replay": 0.25,
-        "restart": "on", "width": 32, "generator_lr": 1e-3, "betas": [0.5, 0.999], "bns_weight": 0.0,
-    },
+    "best": {"ranges": "percentile", "symmetric": "off", "frozen": "on", "lr": 1e-3, "decay": "cosine", "clip": 1.0, "features": "crm",
+             "stage_weights": "adaptive", "alpha": 1.0, "beta": 0.05, "damping": "on", "turns": 5, "early": "on", "replay": 0.25,
+             "restart": "on", "width": 32, "generator_lr": 1e-3, "betas": [0.5, 0.999], "bns_weight": 0.0},
     "paper": {**RELEASED, "symmetric": "on", "features": "crm", "stage_weights": "adaptive", "alpha": 0.1, "beta": 0.05},
     "official": RELEASED,
 }  # fmt: skip
+
 
 def source(
     teacher: Teacher, *, student: nn.Module, batch: int, milestones: tuple[int, ...] = (), fidelity: str = "best",
@@ -83,12 +76,11 @@ def source(
             terms["g_excite"] = row.beta * excitation(list(t.features.values())[-1])
         return terms | ({"g_bns": row.bns_weight * losses.bn_gap(t.norms)} if row.bns_weight else {})
 
-    space = input_space(size, teacher.mean, teacher.std, teacher.device)
+    build = partial(AdversaryGenerator, size, input_space(size, teacher.mean, teacher.std, teacher.device), width=row.width)
     return AdversarySource(
-        teacher, student, lambda rng: AdversaryGenerator(size, space, width=row.width, rng=rng), generator_loss,
-        name="zaq+bns" if row.bns_weight else "zaq", batch=batch, stages=stages, norms=row.bns_weight > 0, betas=tuple(row.betas),
-        lr=row.generator_lr, milestones=milestones, turns=row.turns, early=row.early == "on", replay=row.replay,
-        watch=20 if row.restart == "on" else 0, say=say,
+        teacher, student, lambda rng: build(rng=rng), generator_loss, name="zaq+bns" if row.bns_weight else "zaq", batch=batch,
+        stages=stages, norms=row.bns_weight > 0, betas=tuple(row.betas), lr=row.generator_lr, milestones=milestones, turns=row.turns,
+        early=row.early == "on", replay=row.replay, watch=20 if row.restart == "on" else 0, say=say,
     )  # fmt: skip
 
 
@@ -98,10 +90,9 @@ def zaq(
     micro_batch: int | None = None, size: str | None = None, width: int | None = None, turns: int | None = None,
     early: Switch | None = None, generator_lr: float | None = None, lr: float | None = None, weight_decay: float = 5e-4,
     decay: Literal["cosine", "steps"] | None = None, clip: float | None = None, alpha: float | None = None,
-    beta: float | None = None, features: Literal["crm", "feature_l1", "off"] | None = None,
-    stage_weights: Literal["adaptive", "uniform", "softmax"] | None = None, damping: Switch | None = None,
-    replay: float | None = None, restart: Switch | None = None, frozen: Switch | None = None,
-    bns_weight: float | None = None, symmetric: Switch | None = None,
+    beta: float | None = None, features: Literal["crm", "feature_l1", "off"] | None = None, damping: Switch | None = None,
+    stage_weights: Literal["adaptive", "uniform", "softmax"] | None = None, replay: float | None = None, restart: Switch | None = None,
+    frozen: Switch | None = None, bns_weight: float | None = None, symmetric: Switch | None = None,
     ranges: Literal["percentile", "ema", "mse", "widening"] | None = None,
 ) -> Outcome:  # fmt: skip
     """Quantize `teacher` with ZAQ.
@@ -162,11 +153,10 @@ def zaq(
     image = (teacher.image[0], *image_size(size)) if size else teacher.image
     plan = settle(
         adversary_budget(budget, image), choose("--fidelity", fidelity, FIDELITY),
-        {"width": 16} if fidelity == "best" and max(image[1:]) > SMALL else {},
-        steps=steps, warmup=warmup, batch=batch, width=width, turns=turns, early=early, generator_lr=generator_lr, lr=lr,
-        weight_decay=weight_decay, decay=decay, clip=clip, alpha=alpha, beta=beta, features=features,
-        stage_weights=stage_weights, damping=damping, replay=replay, restart=restart, frozen=frozen, bns_weight=bns_weight,
-        symmetric=symmetric, ranges=ranges, size=size,
+        {"width": 16} if fidelity == "best" and max(image[1:]) > SMALL else {}, steps=steps, warmup=warmup, batch=batch, width=width,
+        turns=turns, early=early, generator_lr=generator_lr, lr=lr, weight_decay=weight_decay, decay=decay, clip=clip, alpha=alpha,
+        beta=beta, features=features, stage_weights=stage_weights, damping=damping, replay=replay, restart=restart, frozen=frozen,
+        bns_weight=bns_weight, symmetric=symmetric, ranges=ranges, size=size,
     )  # fmt: skip
     weight, act = (partial(rule, symmetric=plan.symmetric == "on") for rule in (LiveMinMax, RANGES[plan.ranges]))
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=weight, act=act))
@@ -193,16 +183,8 @@ def zaq(
             (share * torch.stack(list(terms.values())).sum()).backward()
         return terms
 
-    def bounded(*_: Any) -> None:
-        clip_grad_norm_(student.parameters(), plan.clip or math.inf)
-
-    bare = plan.frozen == "on"  # no decay of BatchNorm and bias
-    groups = [{"params": [p for p in student.parameters() if p.dim() > 1], "weight_decay": weight_decay},
-              {"params": [p for p in student.parameters() if p.dim() < 2], "weight_decay": 0.0 if bare else weight_decay}]  # fmt: skip
-    sgd = SGD(groups, plan.lr, momentum=0.9, nesterov=plan.decay == "cosine")
-    sgd.register_step_pre_hook(bounded)
-    cosine = CosineAnnealingLR(sgd, max(plan.steps, 1))
-    slower = cosine if plan.decay == "cosine" else MultiStepLR(sgd, later, gamma=0.1)
+    sgd, slower = bounded_sgd(student, lr=plan.lr, weight_decay=weight_decay, decay_all=plan.frozen == "off", clip=plan.clip,
+                              steps=plan.steps, decay=plan.decay, milestones=later)  # fmt: skip
     noise = input_space(image, teacher.mean, teacher.std, teacher.device).noise(32, image, run.rng("noise", 0))
     health = Health(student, teacher.net, batches, run, gap=d_o, noise=noise.to(teacher.device))
     fit(student, teacher, batches, None, sgd, steps=plan.steps, run=run, schedulers=[slower, health], gradient=gradient,

@@ -1,0 +1,46 @@
+"""The student's optimizer where a copy of the teacher must not be thrown off its course."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+
+
+def bounded_sgd(
+    student: nn.Module, *, lr: float, weight_decay: float, decay_all: bool, clip: float, steps: int,
+    decay: Literal["cosine", "steps"], milestones: Sequence[int],
+) -> tuple[SGD, LRScheduler]:  # fmt: skip
+    """SGD with momentum 0.9 and its schedule.
+
+    Args:
+        student: gives the parameters.
+        lr: learning rate at the start.
+        weight_decay: of weights.
+        decay_all: of BatchNorm and bias too.
+        clip: largest norm of the gradient over all parameters; 0 for none. Nothing is read back to the host.
+        steps: updates of the run.
+        decay: ``"cosine"``, with Nesterov momentum, along half a cosine; ``"steps"``: by 0.1 at the milestones.
+        milestones: update numbers.
+
+    Returns:
+        Optimizer and schedule.
+    """
+    flat = [p for p in student.parameters() if p.dim() < 2]
+    weights = [p for p in student.parameters() if p.dim() > 1]
+    groups = [{"params": weights, "weight_decay": weight_decay},
+              {"params": flat, "weight_decay": weight_decay if decay_all else 0.0}]  # fmt: skip
+    sgd = SGD([group for group in groups if group["params"]], lr, momentum=0.9, nesterov=decay == "cosine")
+
+    def bound(*_: Any) -> None:
+        clip_grad_norm_(student.parameters(), clip or math.inf)
+
+    sgd.register_step_pre_hook(bound)
+    if decay == "cosine":
+        return sgd, CosineAnnealingLR(sgd, max(steps, 1))
+    return sgd, MultiStepLR(sgd, list(milestones), gamma=0.1)
