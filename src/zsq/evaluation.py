@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from zsq.checkpoint import save_tree
 from zsq.errors import RunFailed
 from zsq.tasks.base import Score, table
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from zsq.data import LabelledData
     from zsq.teachers import Teacher
 
+EXAMPLES = 8  # labelled images kept for the report
 KL_CHUNK = 1 << 24  # numbers that are compared in float64 at a time
 
 
@@ -139,3 +142,15 @@ def _refuse_nonfinite(bad: Tensor) -> None:
             f"evaluation: expected finite logits, got NaN or infinity on {int(bad.sum())} of {len(bad)} images."
             " Check the last losses of the run in metrics.jsonl."
         )
+
+
+def keep_examples(path: Path, data: LabelledData) -> None:
+    """Keep the first labelled images of an evaluation in labelled.safetensors, for the report to show.
+
+    Args:
+        path: the run directory.
+        data: what the run was scored on.
+    """
+    images, truth = next(iter(data.batches(EXAMPLES)))
+    kept = truth.cpu() if isinstance(truth, Tensor) else [boxes._asdict() for boxes in truth]
+    save_tree(path / "labelled.safetensors", {"name": data.name, "images": images.cpu(), "truth": kept})

@@ -12,7 +12,7 @@ from zsq import pipeline
 from zsq.checkpoint import load_tree, read_json, write_json_atomic
 from zsq.data import check_disjoint, load_data
 from zsq.errors import BadInput
-from zsq.evaluation import agreement, score
+from zsq.evaluation import agreement, keep_examples, score
 from zsq.onnx_model import load_onnx
 from zsq.onnx_session import runtime_version
 from zsq.probe import probe_pool
@@ -83,7 +83,9 @@ def evaluate(path: Path | str, *, data: str | None = None, device: torch.device 
         probed = agreement(student, teacher, probe_pool(teacher))
         result = pipeline.agreement_facts(agreed, probed, summary["agreement_inputs"])
     else:
-        result = pipeline.scores(teacher, student, load_data(data, teacher))
+        labelled = load_data(data, teacher)
+        result = pipeline.scores(teacher, student, labelled)
+        keep_examples(path, labelled)
     write_json_atomic(path / "summary.json", summary | result)
     return result
 

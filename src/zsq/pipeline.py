@@ -15,7 +15,7 @@ from zsq import recipes
 from zsq.checkpoint import load_tree, read_json, save_tree, write_json_atomic
 from zsq.data import check_disjoint, load_data, load_images
 from zsq.errors import BadInput
-from zsq.evaluation import Agreement, agreement, score
+from zsq.evaluation import Agreement, agreement, keep_examples, score
 from zsq.insert import QuantSpec, quantize
 from zsq.machine import describe_device
 from zsq.presets import Outcome
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from zsq.sources.base import Batch, Source
 
 NOISE, NOISE_COUNT = "noise", 1152  # `--images noise`: standard normal pixels, the control below all images
+
 
 
 def default_path(teacher: Teacher, recipe: str, spec: QuantSpec, seed: int) -> Path:
@@ -99,6 +100,8 @@ def produce(
         save_tree(run.path / "images.safetensors", saved_images(sample))
     if data is not None:
         summary |= scores(teacher, outcome.student, data)
+        if run.path is not None:
+            keep_examples(run.path, data)
     if run.path is not None:  # last: a directory with a summary is a finished one
         write_json_atomic(run.path / "summary.json", summary)
     return summary

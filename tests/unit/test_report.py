@@ -28,6 +28,7 @@ from zsq.reporting.facts import training
 from zsq.reporting.layers import measure, size
 from zsq.reporting.opinions import album, colour, distance
 from zsq.reporting.pictures import pixels_of
+from zsq.tasks.base import Boxes
 from zsq.teachers import Teacher, make_teacher
 from zsq.teachers.facts import Facts
 
@@ -107,6 +108,8 @@ def test_after_evaluation_analysis_and_export(zsq: Command, run_copy: Path) -> N
     for text in ("&lt;i&gt;.onnx", "1.25", "3.5", "97.00", "1 of 2 convolutions of the ort file run in float", "one in float"):  # noqa: E501
         assert text in page
     assert "Not exported" not in page and "Not analysed" not in page
+    assert facts["labelled"]["name"] == "digits:train" and len(facts["labelled"]["sample"]) == 8
+    assert "the first of digits:train" in page
 
 
 def test_every_placement_and_real_images(zsq: Command, folder: Folder) -> None:
@@ -157,6 +160,9 @@ def test_a_bare_run_still_gives_a_page(run_copy: Path) -> None:
         (lambda run: save_tree(run / "images.safetensors", {"images": torch.full((2, 1, 8, 8), math.nan)}), "finite"),
         (lambda run: save_tree(run / "images.safetensors", {"images": torch.zeros(2, 1, 8, 8), "labels": torch.tensor([1, 10])}),  # noqa: E501
          "expected labels of 10 classes"),
+        (lambda run: save_tree(run / "labelled.safetensors", {"images": torch.zeros(1, 1, 8, 8)}), "of an evaluation"),
+        (lambda run: save_tree(run / "labelled.safetensors", {"name": "a", "images": torch.zeros(1, 1, 8, 8),
+                                                              "truth": torch.tensor([10])}), "of an evaluation"),
         (lambda run: (run / "export-ort.json").write_text("[]"), "expected the result of `zsq export`"),
         (lambda run: ((run / "analysis").mkdir(), (run / "analysis" / "trace.png").write_bytes(b"GIF89a")), "expected a PNG"),  # noqa: E501
         (lambda run: sorted((run / "history").iterdir())[-1].write_bytes(b"x"), "a truncated file"),
@@ -377,6 +383,11 @@ def test_overlays_of_a_segmenter() -> None:
     over = card.views[1].pixels.astype(int)
     bright = 0.45 * np.array([255] * 3) + 0.55 * np.array(colour(2))
     assert np.abs(over[4, 7] - bright).max() <= 1 and np.abs(over[4, 0] - 0.55 * np.array(colour(0))).max() <= 1
+    masks = torch.full((3, 8, 8), 1)
+    masks[:, :2] = 255
+    label = album(teacher, student, images, masks).sample[0].views[3]
+    assert label.title == "label" and label.pixels[0].max() == 0
+    assert np.abs(label.pixels[4, 4] - 0.55 * np.array(colour(1))).max() <= 1
     assert card.agreement == 0.5 and found.differing[0].agreement <= found.differing[-1].agreement
 
 
@@ -394,6 +405,9 @@ def test_boxes_of_a_detector() -> None:
         student.get_submodule("head").weight.neg_()
     other = album(teacher, student, images, None)
     assert other.agreement == 0.0 and [card.index for card in other.differing] == [0, 1]
+    truth = [Boxes(torch.tensor([[0.0, 0.0, 0.5, 0.5]]), torch.tensor([1]), torch.tensor([False]), torch.ones(1))] * 2
+    shown = album(teacher, teacher.net, images, truth).sample[0].views[2]
+    assert shown.title == "label" and tuple(shown.pixels[0, 150]) == colour(1)
     dumb = replace(teacher, outputs=replace(teacher.outputs, decode=None))  # type: ignore[type-var]
     assert album(dumb, student, images, None).sample[0].opinions[0].text == "nothing above 0.3"
 

@@ -56,8 +56,8 @@ def report(
     require_packages()
     shown = make_progress(enabled=progress)
     try:
-        facts, pictures = collect(path, count=count, with_sensitivity=sensitivity, device=device, shown=shown)
-        write_atomic(page, render(path, facts, pictures).encode())
+        facts, *pictures = collect(path, count=count, with_sensitivity=sensitivity, device=device, shown=shown)
+        write_atomic(page, render(path, facts, *pictures).encode())
     finally:
         shown.stop()
     return {"file": str(page), "verdict": verdict(facts), **facts.to_json()}

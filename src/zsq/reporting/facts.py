@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zsq import pipeline
 from zsq.analysis import INSTRUMENTS
 from zsq.analysis.sensitivity import Sensitivity, sensitivity
-from zsq.checkpoint import load_tree, plain, read_json
-from zsq.errors import BadInput
+from zsq.checkpoint import plain, read_json
 from zsq.finished import open_run
 from zsq.footprint import footprint
 from zsq.insert import QuantSpec
@@ -24,6 +23,7 @@ from zsq.insert.access import freeze_ranges
 from zsq.reporting.layers import Row, Size, measure, size, with_changes, with_costs
 from zsq.reporting.opinions import album, distance
 from zsq.reporting.pictures import Album
+from zsq.reporting.saved import damaged, labelled_images, saved_images
 from zsq.run.progress import Progress
 from zsq.teachers import Teacher
 
@@ -55,6 +55,7 @@ class Facts:
         sensitivity: agreement and KL with each quantizer alone; None if not measured.
         training: per stage of the run its steps and loss terms; empty without metrics.jsonl.
         images: the images looked at and what both networks say of them; None without images.safetensors.
+        labelled: the same of the first images of the last evaluation, and its name; None without one.
         analysis: instrument -> name of its figure within the run directory.
         exports: target -> contents of export-TARGET.json.
         missing: what is not there, and how to get it.
@@ -73,6 +74,7 @@ class Facts:
     sensitivity: Sensitivity | None
     training: dict[str, dict[str, Any]]
     images: dict[str, Any] | None
+    labelled: dict[str, Any] | None
     analysis: dict[str, str]
     exports: dict[str, dict[str, Any]]
     missing: dict[str, str]
@@ -87,7 +89,7 @@ class Facts:
 
 def collect(
     path: Path, *, count: int | None, with_sensitivity: bool, device: torch.device | str, shown: Progress
-) -> tuple[Facts, Album | None]:
+) -> tuple[Facts, Album | None, Album | None]:
     """Read and measure.
 
     Args:
@@ -98,7 +100,7 @@ def collect(
         shown: progress display.
 
     Returns:
-        The facts, and the images that the page shows.
+        The facts, and what the page shows: the run's images, and labelled ones of an evaluation.
 
     Raises:
         BadInput: if the run is not finished, or one of its files is damaged.
@@ -107,7 +109,7 @@ def collect(
     _check(path / "summary.json", summary)
     freeze_ranges(student)
     kept, config = _student_facts(path), read_json(path / "config.json")
-    images, labels = _images(path, teacher)
+    images, labels = saved_images(path, teacher)
     missing = _missing(path, labelled=labels is not None)
     macs = footprint(teacher.net, torch.zeros(1, *teacher.image, device=teacher.device)).macs
     look = None if images is None else images[: _affordable(LOOK, macs * 2)].to(teacher.device)
@@ -115,6 +117,10 @@ def collect(
     pictures = None
     if look is not None:
         pictures = album(teacher, student, look, None if labels is None else labels[: len(look)])
+    examples = labelled_images(path, teacher)
+    shown_too = None
+    if examples is not None:
+        shown_too = album(teacher, student, examples.images.to(teacher.device), examples.truth, worst=0)
     effect = None
     if look is not None and with_sensitivity:
         tries = _affordable(TRY, macs * (len(rows) + 3)) if count is None else count
@@ -136,12 +142,13 @@ def collect(
         sensitivity=effect,
         training=training(path / "metrics.jsonl"),
         images=None if pictures is None else pictures.facts(),
+        labelled=None if shown_too is None or examples is None else {"name": examples.name, **shown_too.facts()},
         analysis=_figures(path),
         exports=_exports(path),
         missing=missing,
         reproduce=_reproduce(path, config, teacher, student),
     )
-    return facts, pictures
+    return facts, pictures, shown_too
 
 
 def _check(file: Path, summary: Any) -> None:
@@ -150,10 +157,10 @@ def _check(file: Path, summary: Any) -> None:
     scores = ("teacher_score", "student_score", "eval_count", "metric")
     needed = NEEDED + (scores if "student_score" in summary else ())
     if absent := [key for key in needed if key not in summary]:
-        _damaged(file, "the summary of a run", f"one without {', '.join(absent[:4])}")
+        damaged(file, "the summary of a run", f"one without {', '.join(absent[:4])}")
     for key in {*NUMBERS, *scores[:3]} & set(summary):
         if isinstance(summary[key], bool) or not isinstance(summary[key], int | float):
-            _damaged(file, "the summary of a run", f"{key} {summary[key]!r:.40}")
+            damaged(file, "the summary of a run", f"{key} {summary[key]!r:.40}")
 
 
 def training(file: Path) -> dict[str, dict[str, Any]]:
@@ -176,7 +183,7 @@ def training(file: Path) -> dict[str, dict[str, Any]]:
             stages.setdefault(str(record.pop("stage")), []).append({k: float(v) for k, v in record.items()})
             stages[next(reversed(stages))][-1]["step"] = int(record["step"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            _damaged(file, "one JSON object per line, with stage, step and numbers", f"something else in line {number}")
+            damaged(file, "one JSON object per line, with stage, step and numbers", f"something else in line {number}")
     found = {}
     for stage, lines in stages.items():
         width = -(-len(lines) // POINTS)
@@ -207,28 +214,7 @@ def _student_facts(path: Path) -> dict[str, Any]:
                 for kind, keys in (("sites", ("name", "op")), ("floats", ("name", "op", "why")))}  # fmt: skip
         return {**rows, "notes": [str(note) for note in kept["notes"]], "spec": QuantSpec.from_json(kept["spec"])}
     except (KeyError, TypeError):
-        return _damaged(file, "what a run wrote about its student", "something else")
-
-
-def _images(path: Path, teacher: Teacher) -> tuple[Tensor | None, Tensor | None]:
-    """Saved images and what they were made for."""
-    file = path / "images.safetensors"
-    if not file.exists():
-        return None, None
-    tree = load_tree(file)
-    images = tree.get("images") if isinstance(tree, dict) else None
-    fits = isinstance(images, Tensor) and images.dim() == 4 and tuple(images.shape[1:]) == teacher.image
-    if not isinstance(images, Tensor) or not fits or len(images) == 0 or not bool(images.isfinite().all()):
-        return _damaged(file, f"finite images of shape [n, {', '.join(map(str, teacher.image))}]", "other data")
-    labels = tree.get("labels", tree.get("soft_labels"))
-    if labels is None:
-        return images, None
-    right = isinstance(labels, Tensor) and len(labels) == len(images)
-    if labels.dtype == torch.int64:
-        right = right and bool(((labels >= 0) & (labels < teacher.classes)).all())
-    else:
-        right = right and labels.dim() == 2 and labels.shape[1] == teacher.classes
-    return (images, labels) if right else _damaged(file, f"labels of {teacher.classes} classes", "other ones")
+        return damaged(file, "what a run wrote about its student", "something else")
 
 
 def _missing(path: Path, *, labelled: bool) -> dict[str, str]:
@@ -257,7 +243,7 @@ def _exports(path: Path) -> dict[str, dict[str, Any]]:
     for file in sorted(path.glob("export-*.json")):
         record = read_json(file)
         if not isinstance(record, dict) or "agreement" not in record:
-            _damaged(file, "the result of `zsq export`", "something else")
+            damaged(file, "the result of `zsq export`", "something else")
         found[file.stem.removeprefix("export-")] = record
     return found
 
@@ -289,9 +275,4 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return _damaged(file, "a text file", "something else")
-
-
-def _damaged(file: Path, expected: str, got: str) -> Any:
-    raise BadInput(str(file), expected=expected, got=got,
-                   fix="The file was changed or cut short: restore it, or quantize again.")  # fmt: skip
+        return damaged(file, "a text file", "something else")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from zsq.reporting.pictures import Album, Card, Drawn, Opinion, View, pixels_of
 from zsq.tasks.base import Boxes
 from zsq.tasks.boxes import AveragePrecision
 from zsq.tasks.detect import SURE, Detect
-from zsq.tasks.segment import decisions
+from zsq.tasks.segment import IGNORE, decisions
 from zsq.teachers import Teacher
 
 Pixels = NDArray[np.uint8]
@@ -46,8 +47,8 @@ def classify(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labe
     return agreed, tops[0].values.tolist(), draw
 
 
-def segment(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Tensor | None) -> Drawn:
-    """The image, and both networks' classes laid over it."""
+def segment(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Any) -> Drawn:
+    """The image, and both networks' classes laid over it; with masks as labels also these."""
     agreed = distance_of_logits(heard, told)[:, 1].tolist()
     sure = told.double().softmax(1).amax(1).mean((1, 2)).tolist()
     size = (images.shape[2], images.shape[3])
@@ -62,13 +63,22 @@ def segment(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, label
             over = (0.45 * pixels[i] + 0.55 * colours[found[i]]).astype(np.uint8)
             opinions.append(Opinion(who, text))
             views.append(View(who, f"Image {i}, classes of the {who}: {text}", over))
-        return Card(i, agreed[i], opinions, _asked(labels, i, names), views)
+        if not isinstance(labels, Tensor) or labels.dim() != 3:
+            return Card(i, agreed[i], opinions, _asked(labels, i, names), views)
+        mask = labels[i].cpu().numpy()
+        over = (0.45 * pixels[i] + 0.55 * colours[np.minimum(mask, teacher.classes - 1)]).astype(np.uint8)
+        over[mask == IGNORE] = 0
+        views.append(View("label", f"Image {i}, labels", over))
+        return Card(i, agreed[i], opinions, None, views)
 
     return agreed, sure, draw
 
 
-def detect(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Tensor | None) -> Drawn:
-    """The image with both networks' boxes. Agreement is the mAP@.5 of the student with the teacher's boxes as truth."""
+def detect(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Any) -> Drawn:
+    """The image with both networks' boxes, and those of the labels where it has some.
+
+    Agreement is the mAP@.5 of the student with the teacher's boxes as truth.
+    """
     task = teacher.outputs
     assert isinstance(task, Detect)
     names, pixels = names_of(teacher), pixels_of(teacher, images)
@@ -87,7 +97,10 @@ def detect(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels
             text = ", ".join(f"{n} {name}" for name, n in counts.most_common(5)) or f"nothing above {SURE:g}"
             opinions.append(Opinion(who, text, float(boxes.scores.max()) if len(boxes.scores) else None))
             views.append(View(who, f"Image {i}, boxes of the {who}: {text}", with_boxes(pixels[i], boxes, names)))
-        return Card(i, agreed[i], opinions, _asked(labels, i, names), views)
+        if not isinstance(labels, list):
+            return Card(i, agreed[i], opinions, _asked(labels, i, names), views)
+        views.append(View("label", f"Image {i}, labelled boxes", with_boxes(pixels[i], labels[i], names)))
+        return Card(i, agreed[i], opinions, None, views)
 
     return agreed, sure, draw
 
@@ -159,7 +172,7 @@ def album(
     teacher: Teacher,
     student: torch.nn.Module,
     images: Tensor,
-    labels: Tensor | None,
+    labels: Any,
     *,
     sample: int = 24,
     worst: int = 12,
@@ -170,7 +183,8 @@ def album(
         teacher: the float network.
         student: its low-bit copy, in eval mode.
         images: shape [n, c, h, w], normalised, on the networks' device.
-        labels: what the images were made for: int64 [n], soft [n, classes], or None.
+        labels: what the images were made for: int64 [n], soft [n, classes], or None; of labelled images masks
+            int64 [n, h, w] or the boxes of each image.
         sample: number of images shown as they come.
         worst: number of images shown because the networks differ.
     """

@@ -38,13 +38,14 @@ def require_packages() -> None:
                        fix='Install them: pip install "zsq[report]".')  # fmt: skip
 
 
-def render(path: Path, facts: Facts, pictures: Album | None) -> str:
+def render(path: Path, facts: Facts, pictures: Album | None, labelled: Album | None = None) -> str:
     """Write the page.
 
     Args:
         path: the run directory, for the figures of its analysis.
         facts: what it says.
-        pictures: the images it shows.
+        pictures: the run's images that it shows.
+        labelled: labelled images that it shows.
 
     Returns:
         HTML without a link to anything outside itself.
@@ -68,6 +69,7 @@ def render(path: Path, facts: Facts, pictures: Album | None) -> str:
         facts=facts,
         s=facts.summary,
         album=pictures,
+        labelled=labelled,
         title=title(facts),
         verdict=verdict(facts),
         remarks=remarks(facts),
