@@ -53,6 +53,7 @@ def test_a_users_network_end_to_end(zsq: Command, folder: Folder, tmp_path: Path
     assert summary["eval_data"]["name"] == "digits" and len(summary["eval_data"]["sha256"]) == 64
     assert str(tmp_path) not in said.out
     names = {"config.json", "metrics.jsonl", "student.safetensors", "student.json", "images.safetensors"}
+    names.add("labelled.safetensors")  # it was scored
     assert {file.name for file in path.iterdir()} == names | {"summary.json", "checkpoint", "history"}
     config = json.loads((path / "config.json").read_text())
     parameters = inspect.signature(recipes.load("ait")).parameters
