@@ -158,3 +158,20 @@ def test_one_scale_for_a_whole_weight(symmetric: bool, tmp_path: Path) -> None:
     student = zoo_export.student_of(teacher, images, spec)
     result = onnx_program.write(student, teacher, images, tmp_path / "m.onnx", least_agreement=0)
     assert result["max_lsb"] <= 1 and result["integer_conv_share"] == (1 if symmetric else 0)
+
+
+@pytest.mark.parametrize("bits", [pytest.param(b, marks=[] if b in (2, 5) else pytest.mark.slow) for b in range(2, 9)])
+@pytest.mark.parametrize("target", ["ort", "openvino", "torch"])
+def test_every_width_in_every_target(target: str, bits: int, tmp_path: Path) -> None:
+    """Odd widths too, which no integer type has: they live in the next container."""
+    from zsq.export import torch_program
+
+    teacher, images = small()
+    student = zoo_export.student_of(teacher, images, QuantSpec(bits, bits, "deploy", edge_bits=bits))
+    if target == "torch":
+        result = torch_program.write(student, teacher, images, tmp_path / "m.pt2")
+        assert result["site_max_lsb"] <= 1 and result["float_weights"] == 0 and result["lowerable_conv_share"] == 1
+    else:
+        result = onnx_program.write(student, teacher, images, tmp_path / "m.onnx", target=target, least_agreement=0)
+        assert result["max_lsb"] <= 1 and result["integer_conv_share"] == 1
+        assert result["opset"] == (25 if bits == 2 and target == "ort" else 21)

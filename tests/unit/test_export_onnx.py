@@ -115,7 +115,7 @@ def test_openvino_keeps_the_rounding_of_a_residual_branch(tmp_path: Path) -> Non
     for keep in (False, True):
         model = build(frozen.program, frozen, teacher, keep_rounding=keep)
         runner = runtimes.OpenVinoRunner(model.proto.SerializeToString())
-        found.append(verify.decisions(runner, student, images)[1])
+        found.append(verify.decisions(runner, student, images, teacher.outputs)[1])
     assert found[0] > 100 * max(found[1], 1e-5)
 
 
@@ -220,6 +220,51 @@ def test_noise_reaches_both_ends_of_the_range() -> None:
     grid = sites[0].grid
     low, high = ((q + grid.zero) / grid.inv_step for q in (grid.qmin, grid.qmax))
     assert (noise <= low).any() and (noise >= high).any() and noise.min() < low and noise.max() > high
+
+
+class Detector(nn.Module):
+    """Box terms far above the class logits: an argmax over all channels would never look at a class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 1 + 4 + 6, 1)
+        with torch.no_grad():
+            self.head.bias[1:5] += 50.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.body(x)))
+
+
+def detector() -> tuple[nn.Module, Teacher, Tensor]:
+    from zsq.tasks import Part
+    from zsq.tasks.detect import Detect
+
+    parts = (Part("objectness", 1, "sigmoid"), Part("box", 4), Part("class", 6, "softmax"))
+    images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    net = Detector().eval().requires_grad_(False)
+    teacher = Teacher(net, "detector", "detect", 6, (3, 16, 16), outputs=Detect(6, parts))
+    return zoo_export.student_of(teacher, images, QuantSpec(8, 8, "deploy")), teacher, images
+
+
+def test_a_detector_is_compared_on_its_classes_and_says_what_its_channels_are(tmp_path: Path) -> None:
+    student, teacher, images = detector()
+    result = onnx_program.write(student, teacher, images, tmp_path / "m.onnx", least_agreement=0)
+    assert result["max_lsb"] <= 1 and result["integer_conv_share"] == 1
+    facts = {prop.key: prop.value for prop in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert facts["task"] == "detect" and json.loads(facts["parts"])[1:] == [["box", 4, "none"], ["class", 6, "softmax"]]
+
+    def other_classes(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            raw = student(x)
+        return torch.cat([raw[:, :5], -raw[:, 5:]], 1)
+
+    assert verify.decisions(student, student, images, teacher.outputs)[0] == 1
+    assert verify.decisions(other_classes, student, images, teacher.outputs)[0] < 0.1
+
+
+def test_large_images_are_run_few_at_a_time() -> None:
+    sizes = [runtimes.batch_of(torch.empty(40, 3, side, side, device="meta")) for side in (32, 224, 448, 4000)]
+    assert sizes == [32, 32, 8, 1]
 
 
 # ---- bad input

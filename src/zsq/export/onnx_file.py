@@ -95,6 +95,8 @@ def metadata(teacher: Teacher) -> dict[str, str]:
         "resize": teacher.resize, "crop": teacher.crop, "labels": labels_of(teacher.name, teacher.classes),
         "input": "float32 [batch, c, h, w]: (pixel / 255 - mean) / std", "teacher_sha256": teacher.fingerprint,
     }  # fmt: skip
+    layout = getattr(teacher.outputs, "layout", ())  # of a detector: which channels are boxes, classes, objectness
+    facts["parts"] = [list(part) for part in layout] or None
     return {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items() if value is not None
     }

@@ -16,7 +16,7 @@ from zsq.export import verify
 from zsq.export.float_model import float_bytes
 from zsq.export.frozen import freeze
 from zsq.export.onnx_file import build
-from zsq.export.runtimes import OpenVinoRunner, OrtRunner, ort_reads_int2
+from zsq.export.runtimes import OpenVinoRunner, OrtRunner, batch_of, ort_reads_int2
 from zsq.insert.access import freeze_ranges
 from zsq.teachers import Teacher
 
@@ -66,13 +66,13 @@ def write(
         )  # fmt: skip
         write_bytes(temporary, model.proto.SerializeToString())
 
-        some = images[: verify.LAYER_IMAGES]
-        inputs = torch.cat([some, verify.range_noise(frozen.sites, some)])
+        some = images[: min(verify.LAYER_IMAGES, batch_of(images))]
+        inputs = torch.cat([some, verify.range_noise(frozen.sites, some, max(2, len(some) // 4))])
         layers = verify.layerwise(model, reference, frozen.sites, inputs)
         verify.require_layerwise(layers, path.name)
         runner = (OrtRunner if target == "ort" else OpenVinoRunner)(temporary.read_bytes())
         compiled = runner.compiled()
-        agreement, difference = verify.decisions(runner, reference, images)
+        agreement, difference = verify.decisions(runner, reference, images, teacher.outputs)
         verify.require_agreement(agreement, least_agreement, path.name, compiled.version)
         float_size = len(float_bytes(teacher))
         size_bytes = temporary.stat().st_size

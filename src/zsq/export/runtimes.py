@@ -16,6 +16,12 @@ from torch import Tensor
 from zsq.errors import BadInput
 
 BATCH = 32
+PIXELS = 32 * 224 * 224  # of a batch: a check keeps the values of every site in memory
+
+
+def batch_of(images: Tensor) -> int:
+    """How many images [n, c, h, w] are run at once: fewer of large ones."""
+    return max(1, min(BATCH, PIXELS // max(images.shape[-2:].numel(), 1)))
 
 
 class Compiled(NamedTuple):
@@ -105,7 +111,7 @@ class OrtRunner:
             self.nodes = [(node.op_type, node.name) for node in onnx.load(dump).graph.node]
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.cat([torch.from_numpy(ort_run(self.session, part)[0]) for part in images.split(BATCH)])
+        return torch.cat([torch.from_numpy(ort_run(self.session, part)[0]) for part in images.split(batch_of(images))])
 
     def compiled(self) -> Compiled:
         """What runs; a convolution the runtime could not make an integer one is a Conv or FusedConv."""
@@ -140,7 +146,8 @@ class OpenVinoRunner:
             raise _cannot_read(self.version, "openvino", error) from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.cat([torch.from_numpy(self.network([part.numpy()])[0].copy()) for part in images.split(BATCH)])
+        parts = images.split(batch_of(images))
+        return torch.cat([torch.from_numpy(self.network([part.numpy()])[0].copy()) for part in parts])
 
     def compiled(self) -> Compiled:
         """What runs, read off the kernel names of the compiled network."""

@@ -30,6 +30,7 @@ from zsq.export.torch_check import compare_sites
 from zsq.export.torch_graph import float_layers, logit_step, lowerable
 from zsq.export.torch_modules import StoredWeight, stored_weights, swap_sites
 from zsq.insert.access import freeze_ranges
+from zsq.tasks import Task
 from zsq.teachers import Teacher
 from zsq.teachers.weight_files import named_tensors
 
@@ -87,7 +88,7 @@ def write(student: nn.Module, teacher: Teacher, images: Tensor, path: Path | str
     program = _export(twin, images)
     _prune(program)
     data = _serialise(program, teacher)
-    agreement, difference = _compare(_read(io.BytesIO(data)), twin, reference, images)
+    agreement, difference = _compare(_read(io.BytesIO(data)), twin, reference, images, teacher.outputs)
     write_atomic(path, data)
     lsb = logit_step(program)
     float_bytes = sum(value.numel() * value.element_size() for value in named_tensors(teacher.net).values())
@@ -225,7 +226,9 @@ def _serialise(program: torch.export.ExportedProgram, teacher: Teacher) -> bytes
     return buffer.getvalue()
 
 
-def _compare(program: nn.Module, twin: nn.Module, student: nn.Module, images: Tensor) -> tuple[float, float]:
+def _compare(
+    program: nn.Module, twin: nn.Module, student: nn.Module, images: Tensor, task: Task
+) -> tuple[float, float]:
     """Agreement and largest difference of program and student.
 
     Raises:
@@ -237,7 +240,8 @@ def _compare(program: nn.Module, twin: nn.Module, student: nn.Module, images: Te
             ours, before, theirs = student(part), twin(part), program(part)
             drift.append((before - theirs).abs().flatten(1).amax(1) / before.abs().amax().clamp_min(1e-12))
             worst.append((ours - theirs).abs().amax())
-            same.append((ours.argmax(1) == theirs.argmax(1)).double().reshape(len(part), -1).mean(1))
+            ours, theirs = (task.parts(raw).get("class", raw).argmax(1) for raw in (ours, theirs))
+            same.append((ours == theirs).double().reshape(len(part), -1).mean(1))
         drift.append((twin(images[:1]) - program(images[:1])).abs().flatten(1).amax(1))  # any batch size must work
     median = float(torch.cat(drift).median())  # NaN if there is one
     if not median <= LARGEST_DRIFT:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from zsq.errors import RunFailed
 from zsq.export.frozen import SiteGrid
 from zsq.export.onnx_file import Model, exposed
-from zsq.export.runtimes import BATCH, ort_run, ort_session
+from zsq.export.runtimes import batch_of, ort_run, ort_session
 from zsq.grid import decode, encode
 from zsq.insert.access import activation_quantizers
+from zsq.tasks import Task
 
 MAX_LSB = 1  # values within an ulp of a tie may land on either side of it
 MAX_SHARE = 0.01  # of the codes
@@ -54,7 +55,7 @@ def layerwise(model: Model, student: nn.Module, sites: Sequence[SiteGrid], image
     names = [name for name in model.codes if name]
     session = ort_session(exposed(model.proto, names), optimise=False)
     lsb, different, total = {site.name: 0 for site in sites}, 0, 0
-    for part in images.split(BATCH):
+    for part in images.split(batch_of(images)):
         found = dict(zip(names, ort_run(session, part, names), strict=True))
         forced = [_Forced(site, found.get(name)) for site, name in zip(sites, model.codes, strict=True)]
         _run_forced(student, forced, part)
@@ -115,26 +116,33 @@ def range_noise(sites: Sequence[SiteGrid], images: Tensor, count: int = 8) -> Te
     return torch.cat([ends, wide, flat])
 
 
-def decisions(runner: Any, student: nn.Module, images: Tensor) -> tuple[float, float]:
+def decisions(runner: Any, student: nn.Module, images: Tensor, task: Task) -> tuple[float, float]:
     """Share of equal decisions of an optimised model and the student, and the largest difference of a logit.
 
     Args:
         runner: one of `zsq.export.runtimes`.
         student: on the CPU.
         images: [n, c, h, w].
+        task: which channels of the raw output are classes.
 
     Returns:
-        Agreement (per pixel where the output is one decision per pixel) and the largest absolute difference.
+        Agreement (per position where the output is one decision per position) and the largest absolute difference of
+        the whole raw output.
     """
     equal = total = 0
     largest = 0.0
     with torch.no_grad():
-        for part in images.split(BATCH):
+        for part in images.split(batch_of(images)):
             ours, theirs = student(part), runner(part)
-            same = ours.argmax(1) == theirs.argmax(1)
+            same = _classes(ours, task).argmax(1) == _classes(theirs, task).argmax(1)
             equal, total = equal + int(same.sum()), total + same.numel()
             largest = max(largest, float((ours - theirs).abs().max()))
     return equal / total, largest
+
+
+def _classes(raw: Tensor, task: Task) -> Tensor:
+    """The class logits of a raw output; all of it where its channels have no names."""
+    return task.parts(raw).get("class", raw)
 
 
 def require_layerwise(found: Layerwise, file: str) -> None:
