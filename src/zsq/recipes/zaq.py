@@ -140,7 +140,7 @@ def zaq(
     | stages' discrepancy | L1 of channel relation maps | attention on normalised features, within 2 % of twice their L1; maps of (hw)^2 | relation maps (best, paper), L1 of normalised features (official) | c x c per image instead of hw x hw | tests/unit/test_discrepancy.py |
     | dead channels | not stated | 0/0 in the unused relation map | relation 0 | half of the channels may be dead | tests/unit/test_discrepancy.py |
     | stage weights | adaptive, formula not known to us | ones | L d_l / sum d per image (best, paper), ones (official) | the widest gap counts most | tests/unit/test_discrepancy.py |
-    | alpha, beta | 0.1, 0.05 | 1, 0.1 | 1, 0.05 (best), as stated, as released | docs/findings.md | tests/unit/test_zaq.py |
+    | alpha, beta | 0.1, 0.05 | 1, 0.1 | 1, 0.05 (best), as stated, as released | a first value, not a searched one | tests/unit/test_zaq.py |
     | generator's loss | -D + beta L_a | the same, unbounded below | -log(1 + D) + beta L_a (best), as published | cannot run away | tests/unit/test_zaq.py |
     | quantizer | symmetric | affine, weights per channel | affine (best, official), symmetric (paper) | symmetric wastes half the codes behind a ReLU | tests/unit/test_zaq.py |
     | activation ranges | not stated | extremes so far, of every forward, the test set's included | fixed after the warm-up, 99.9 % of the values (best); extremes so far, of training batches (paper, official) | the test set selects nothing; one outlier stays for good | tests/unit/test_zaq.py |
