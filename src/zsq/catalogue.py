@@ -36,6 +36,7 @@ def data() -> list[dict[str, str]]:
     """One row per form of the DATA argument."""
     return [
         {"data": "digits", "what it is": "held-out part of scikit-learn's digits"},
+        {"data": "shapes-segment, shapes-detect", "what it is": "400 drawn scenes with masks, with boxes"},
         {"data": "npz:FILE, npz:FILE[a:b]", "what it is": "images uint8 [n, h, w, c], labels int64 [n]; a slice of it"},
         {"data": "cifar10:DIR, cifar100:DIR", "what it is": "CIFAR test set, binary version (*.bin)"},
         {"data": "imagefolder:DIR", "what it is": "class folders, or flat images with labels.csv (file,label)"},

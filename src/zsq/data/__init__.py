@@ -15,10 +15,12 @@ from zsq.data.boxes import read_coco, read_voc_boxes, read_yolo
 from zsq.data.files import Found, Shape, open_npz, read_cifar, read_digits, read_npz, sha256_of
 from zsq.data.images import read_folder
 from zsq.data.masks import camvid_folders, read_camvid, read_voc_masks
+from zsq.data.shapes import SHAPES, read_shapes
 from zsq.errors import BadInput
 from zsq.teachers import Teacher
 
 CHUNK = 256
+BUILT_IN = ("digits", "shapes-segment", "shapes-detect")  # sets that need no file
 SLICED = ("camvid", "voc", "coco", "yolo")  # folders of which a slice can be named
 
 
@@ -89,6 +91,14 @@ def _folder(rest: str, teacher: Teacher, *, with_labels: bool) -> Found:
     return read_folder(Path(rest), _shape(teacher), classes=teacher.classes, with_labels=with_labels)
 
 
+def _shapes(*, masks: bool) -> Reader:
+    def read(rest: str, teacher: Teacher, *, with_labels: bool) -> Found:
+        _same_classes("shapes-segment" if masks else "shapes-detect", len(SHAPES) + masks, teacher)
+        return read_shapes(rest, _shape(teacher), masks=masks, with_labels=with_labels)
+
+    return read
+
+
 def _listed(read: Callable[..., Found]) -> Reader:
     """A folder of images with masks or boxes, in the order of their names, or a slice of it."""
 
@@ -112,6 +122,8 @@ READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
     "cifar10": (_cifar(10), ("classify",)),
     "cifar100": (_cifar(100), ("classify",)),
     "imagefolder": (_folder, ("classify",)),
+    "shapes-segment": (_shapes(masks=True), ("segment",)),
+    "shapes-detect": (_shapes(masks=False), ("detect",)),
     "camvid": (_listed(read_camvid), ("segment",)),
     "voc": (_voc, ("segment", "detect")),
     "coco": (_listed(read_coco), ("detect",)),
@@ -219,9 +231,9 @@ def split_slice(text: str) -> tuple[Path, slice]:
 
 def _open(spec: str, teacher: Teacher, *, with_labels: bool) -> Found:
     kind, _, rest = spec.partition(":")
-    if kind not in READERS or (kind != "digits" and not rest):
-        forms = "digits, npz:FILE, npz:FILE[a:b], " + ", ".join(
-            f"{k}:DIR" for k in READERS if k not in ("digits", "npz")
+    if kind not in READERS or (kind not in BUILT_IN and not rest):
+        forms = f"{', '.join(BUILT_IN)}, npz:FILE, npz:FILE[a:b], " + ", ".join(
+            f"{k}:DIR" for k in READERS if k not in (*BUILT_IN, "npz")
         )
         raise BadInput("data", expected=forms, got=repr(spec), fix="See `zsq list data`.")
     read, tasks = READERS[kind]
@@ -252,7 +264,7 @@ def _same_classes(name: str, classes: int, teacher: Teacher) -> None:
 def _short(spec: str) -> str:
     """The spec without folders: results never carry a path of one machine."""
     kind, _, rest = spec.partition(":")
-    if kind == "digits":
+    if kind in BUILT_IN:
         return spec
     if kind == "npz":
         path, _ = split_slice(rest)
@@ -277,5 +289,5 @@ def _extent(spec: str) -> tuple[object, float, float]:
             first, last = 0, float("inf")  # from the end: how many there are is not known here
         path = camvid_folders(path)[0] if kind == "camvid" else path
         return path.resolve(), first, last
-    source = rest if kind == "digits" else Path(rest).resolve()
+    source = f"{kind.partition('-')[0]} {rest}" if kind in BUILT_IN else Path(rest).resolve()
     return source, 0, float("inf")

@@ -50,4 +50,16 @@ EMBEDDED = {
         Facts("classify", 100, (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         "ResNet-20 with projection shortcuts, CIFAR-100; top-1 64.33 % on cifar100_test.npz[2000:]",
     ),
+    "shapes-segment": Embedded(
+        nets.ShapesSegmenter,
+        "shapes_segment.safetensors",
+        Facts("segment", 5, (3, 64, 64), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        "small segmenter of drawn scenes, background and four shapes; mIoU XX % on the 400 held out",
+    ),
+    "shapes-detect": Embedded(
+        nets.ShapesDetector,
+        "shapes_detect.safetensors",
+        Facts("detect", 4, (3, 64, 64), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), decode=nets.grid_boxes),
+        "small detector of drawn scenes, four shapes; mAP@.5 XX % on the 400 held out",
+    ),
 }

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def conv_block(c_in: int, c_out: int, kernel: int, stride: int, *, activate: bool) -> nn.Sequential:
@@ -100,3 +102,75 @@ def resnet20(classes: int) -> ResidualNet:
 def digits_net() -> ResidualNet:
     """The demo's network: [b, 1, 8, 8] to [b, 10], about 57,000 parameters."""
     return ResidualNet((16, 32, 48), units=1, classes=10, c_in=1)
+
+
+class ShapesTrunk(nn.Module):
+    """Features of a 64x64 image at strides 2, 4 and 8, with 16, 24 and 32 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_block(3, 16, 3, 2, activate=True)
+        self.stage1 = ResidualUnit(16, 24, 2)
+        self.stage2 = ResidualUnit(24, 32, 2)
+        self.context = ResidualUnit(32, 32, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fine = self.stem(x)
+        middle = self.stage1(fine)
+        return fine, middle, self.context(self.stage2(middle))
+
+
+class ShapesSegmenter(nn.Module):
+    """[b, 3, h, w] to logits [b, 5, h, w], bilinearly up-sampled from half the size; about 63,000 parameters."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.trunk = ShapesTrunk()
+        self.merge1 = conv_block(32 + 24, 24, 3, 1, activate=True)
+        self.merge2 = conv_block(24 + 16, 16, 3, 1, activate=True)
+        self.classifier = nn.Conv2d(16, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine, middle, coarse = self.trunk(x)
+        y = self.merge1(torch.cat((F.interpolate(coarse, scale_factor=2.0), middle), 1))
+        y = self.merge2(torch.cat((F.interpolate(y, scale_factor=2.0), fine), 1))
+        return F.interpolate(self.classifier(y), x.shape[2:], mode="bilinear", align_corners=False)
+
+
+class ShapesDetector(nn.Module):
+    """[b, 3, h, w] to [b, 1 + 4 + classes, h/8, w/8]; about 54,000 parameters.
+
+    Channels per cell: probability of an object's centre, four box terms (`grid_boxes`), class probabilities.
+    """
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.trunk = ShapesTrunk()
+        self.head = conv_block(32, 32, 3, 1, activate=True)
+        self.objectness = nn.Conv2d(32, 1, 1)
+        self.box = nn.Conv2d(32, 4, 1)
+        self.classifier = nn.Conv2d(32, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.trunk(x)[2])
+        return torch.cat((self.objectness(y).sigmoid(), self.box(y), self.classifier(y).softmax(1)), 1)
+
+
+def grid_boxes(out: Tensor) -> Tensor:
+    """Boxes of a `ShapesDetector`.
+
+    Args:
+        out: [b, 1 + 4 + k, h, w]: objectness, then x, y, width and height before sigmoids (a place within the cell; a
+            share of the image), then class probabilities.
+
+    Returns:
+        Shape [b, h * w, 6]: x1, y1, x2, y2 in units of the image's sides, score, class.
+    """
+    b, _, h, w = out.shape
+    y, x = torch.meshgrid(torch.arange(h, device=out.device), torch.arange(w, device=out.device), indexing="ij")
+    box = out[:, 1:5].sigmoid()
+    centre = torch.stack(((box[:, 0] + x) / w, (box[:, 1] + y) / h), -1)
+    half = torch.stack((box[:, 2], box[:, 3]), -1) / 2
+    sure, kind = out[:, 5:].max(1)
+    rows = torch.cat((centre - half, centre + half, (out[:, 0] * sure)[..., None], kind[..., None].to(out.dtype)), -1)
+    return rows.reshape(b, h * w, 6)
