@@ -113,8 +113,7 @@ def quantize_network(
     from zsq.run import Run
     from zsq.teachers import load_teacher
 
-    if not 0 <= running.seed < 2**63:
-        raise BadInput("--seed", expected="a number from 0 to 2^63 - 1", got=running.seed, fix="Choose a smaller one.")
+    options, size = running.arguments(special), running.size()
     spec = QuantSpec(
         *quant.widths(), placement=quant.placement,
         include=tuple(quant.include), exclude=tuple(quant.exclude), layer_bits=layer_bits(quant.layer_bits),
@@ -123,19 +122,18 @@ def quantize_network(
     device = pipeline.resolve_device(running.device)
     teacher = load_teacher(teacher_name, **facts.facts(), device=device)
     data = None if running.eval is None else pipeline.open_data(running.eval, teacher)
-    images = pipeline.load_pool(running.images, teacher, apart_from=running.eval)
-    options = {key: value for key, value in special.items() if value is not None}
-    options |= {"budget": running.budget, "fidelity": running.fidelity}
-    options |= {k: v for k in ("base", "steps", "batch", "micro_batch") if (v := getattr(running, k)) is not None}
+    images = pipeline.load_pool(running.images, teacher.sized(size), apart_from=running.eval)
+    job: dict[str, Any] = {"recipe": recipe, "spec": spec, "images": images, "options": options, "synthetic": size}
     if not running.resume:  # a resumed run passed this before
-        pipeline.rehearse(teacher, recipe=recipe, spec=spec, images=images, options=options, seed=running.seed)
+        pipeline.rehearse(teacher, seed=running.seed, **job)
     path = running.run or pipeline.default_path(teacher, recipe, spec, running.seed)
     config = {
-        "teacher": {"name": teacher_name, **facts.facts(), "fingerprint": teacher.fingerprint},
+        "teacher": {**facts.recorded(teacher_name), "fingerprint": teacher.fingerprint},
         "recipe": recipe, "spec": spec.to_json(), "options": options, "images": running.images,
+        **({} if size is None else {"synthetic": list(size)}),
     }  # fmt: skip
     with Run(path, config=config, seed=running.seed, device=device, resume=running.resume) as run:
-        summary = pipeline.produce(teacher, run, recipe=recipe, spec=spec, images=images, options=options, data=data)
+        summary = pipeline.produce(teacher, run, data=data, **job)
     show(summary, as_json=running.json, title=f"{teacher.name}, {recipe}, W{spec.weight_bits}A{spec.act_bits}: {path}")
 
 

@@ -74,6 +74,19 @@ class TeacherOptions:
             "leaf": self.leaf,
         }
 
+    def recorded(self, name: str) -> dict[str, Any]:
+        """Name and facts as a run keeps them: files by their whole path, so that they are found from anywhere.
+
+        Args:
+            name: TEACHER as on the command line.
+        """
+        whole = {"name": name, **self.facts()}
+        for key in ("name", "weights", "decode"):
+            file, colon, inner = str(whole[key]).rpartition(":") if key != "weights" else (str(whole[key]), "", "")
+            if whole[key] is not None and (key == "weights" or file.endswith(".py")):
+                whole[key] = f"{Path(file).resolve()}{colon}{inner}"
+        return whole
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +139,7 @@ class RunOptions:
         steps: student updates; the budget's if not given.
         batch: images per step; the budget's if not given.
         micro_batch: split the student's batch into parts of at most this size to save memory.
+        synthetic: size of the synthetic images, e.g. 128x160; the network's own if not given.
         images: a saved pool instead of the recipe's own source: FILE.safetensors, npz:FILE[a:b] (real,
             pixels only), or noise (controls).
         run: run directory; runs/TEACHER-RECIPE-WxAy-sSEED if not given.
@@ -142,6 +156,7 @@ class RunOptions:
     steps: Annotated[int | None, Whole] = None
     batch: Annotated[int | None, Whole] = None
     micro_batch: Annotated[int | None, Whole] = None
+    synthetic: str | None = None
     images: str | None = None
     run: Path | None = None
     eval: str | None = None
@@ -149,6 +164,21 @@ class RunOptions:
     seed: Annotated[int, Whole] = 0
     resume: Annotated[bool, Parameter(negative=())] = False
     json: Annotated[bool, Parameter(negative=())] = False
+
+    def arguments(self, special: dict[str, Any]) -> dict[str, Any]:
+        """The recipe's keyword arguments: what was given of its own options, and of those all recipes share.
+
+        Raises:
+            BadInput: for a seed that is none.
+        """
+        if not 0 <= self.seed < 2**63:
+            raise BadInput("--seed", expected="a number from 0 to 2^63 - 1", got=self.seed, fix="Choose a smaller one.")
+        shared = {key: getattr(self, key) for key in ("base", "budget", "fidelity", "steps", "batch", "micro_batch")}
+        return {key: value for key, value in (special | shared).items() if value is not None}
+
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the synthetic images, if they were given."""
+        return None if self.synthetic is None else height_width(self.synthetic)
 
 
 @Parameter(name="*")
@@ -250,6 +280,22 @@ def image_shape(text: str) -> tuple[int, int, int]:
         raise BadInput("--image", expected="CxHxW such as 3x32x32", got=repr(text), fix="Give channels, height, width.")
     c, h, w = (int(number) for number in match.groups())
     return c, h, w
+
+
+def height_width(text: str) -> tuple[int, int]:
+    """Read 128x160.
+
+    Raises:
+        BadInput: for anything but two positive whole numbers.
+
+    Example:
+        >>> height_width("128x160")
+        (128, 160)
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise BadInput("--synthetic", expected="HxW such as 128x160", got=repr(text), fix="Give height and width.")
+    return int(match.group(1)), int(match.group(2))
 
 
 def layer_bits(items: list[str]) -> dict[str, int]:

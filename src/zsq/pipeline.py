@@ -48,6 +48,7 @@ def produce(
     images: Source | None = None,
     options: dict[str, Any] | None = None,
     data: LabelledData | None = None,
+    synthetic: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Run a whole recipe and write its results.
 
@@ -59,6 +60,7 @@ def produce(
         images: a pool in place of the recipe's own source.
         options: the recipe's other keyword arguments.
         data: labelled set to score teacher and student on.
+        synthetic: height and width of the images the recipe works on; the network's own if not given.
 
     Returns:
         The contents of summary.json.
@@ -71,7 +73,7 @@ def produce(
     spec, options = spec or QuantSpec(), dict(options or {})
     teacher.outputs.compared()  # what measuring needs is asked for before the work, not after it
     started = time.monotonic()
-    outcome = run_recipe(teacher, run, recipe=recipe, spec=spec, images=images, options=options)
+    outcome = run_recipe(teacher.sized(synthetic), run, recipe=recipe, spec=spec, images=images, options=options)
     sample = outcome.source.sample(teacher.outputs.held_out, run.rng("held-out", 0))
     held_out = sample.images
     agreed = agreement(outcome.student, teacher, held_out)
@@ -86,6 +88,7 @@ def produce(
         "fidelity": options.get("fidelity", "best"),
         "seed": run.seed,
         "steps": outcome.plan["steps"],
+        **({} if synthetic is None else {"synthetic": list(synthetic)}),
         "seconds": round(run.seconds + time.monotonic() - started - run.session_seconds, 1),
         "device": describe_device(run.device),
         **agreement_facts(agreed, probed, f"{len(held_out)} held-out images of source {outcome.source.name}"),
@@ -155,6 +158,7 @@ def rehearse(
     images: Source | None = None,
     options: dict[str, Any] | None = None,
     seed: int = 0,
+    synthetic: tuple[int, int] | None = None,
 ) -> Outcome:
     """Take one step of every stage of a recipe in memory: what does not fit is refused before anything is on disk.
 
@@ -167,6 +171,7 @@ def rehearse(
         images: a pool in place of the recipe's own source.
         options: the recipe's other keyword arguments.
         seed: seed of the run to come.
+        synthetic: height and width of the images the recipe works on; the network's own if not given.
 
     Returns:
         What the recipe returned: its plan and report are those of the run to come, its student is of no use.
@@ -176,7 +181,7 @@ def rehearse(
         RunFailed: if the first step is not finite.
     """
     with _Rehearsal(None, seed=seed, device=teacher.device, progress=False) as run:
-        return run_recipe(teacher, run, recipe=recipe, spec=spec, images=images, options=options)
+        return run_recipe(teacher.sized(synthetic), run, recipe=recipe, spec=spec, images=images, options=options)
 
 
 def saved_images(sample: Batch) -> dict[str, Tensor]:
