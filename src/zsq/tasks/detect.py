@@ -219,13 +219,14 @@ def name_parts(widths: Sequence[int], activations: Sequence[str], classes: int |
         have four, objectness one; the others keep a number.
 
     Example:
-        >>> [part.name for part in name_parts([1, 4, 80], ["sigmoid", "none", "softmax"], 80)]
+        >>> [part.name for part in name_parts([1, 4, 4], ["sigmoid", "none", "softmax"], 4)]
         ['objectness', 'box', 'class']
     """
     names: list[str] = []
+    by_width = "softmax" not in activations and classes is not None
     for width, activation in zip(widths, activations, strict=True):
         fits = {
-            "class": activation == "softmax" or (classes is not None and width in (classes, classes + 1)),
+            "class": activation == "softmax" or (by_width and width in (classes, (classes or 0) + 1)),
             "box": width == 4 and activation == "none",
             "objectness": width == 1,
         }
