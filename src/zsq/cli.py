@@ -99,13 +99,9 @@ def quantize_command(recipe_name: str) -> Callable[..., None]:
 
 
 def quantize_network(
-    teacher_name: str,
-    recipe: str,
-    quant: QuantOptions,
-    running: RunOptions,
-    facts: TeacherOptions,
+    teacher_name: str, recipe: str, quant: QuantOptions, running: RunOptions, facts: TeacherOptions,
     special: dict[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     """Load the teacher, run the recipe, print the summary."""
     from zsq import pipeline
     from zsq.insert import QuantSpec
@@ -130,7 +126,7 @@ def quantize_network(
     config = {
         "teacher": {**facts.recorded(teacher_name), "fingerprint": teacher.fingerprint},
         "recipe": recipe, "spec": spec.to_json(), "options": options, "images": running.images,
-        **({} if size is None else {"synthetic": list(size)}),
+        "synthetic": running.synthetic,
     }  # fmt: skip
     with Run(path, config=config, seed=running.seed, device=device, resume=running.resume) as run:
         summary = pipeline.produce(teacher, run, data=data, **job)
