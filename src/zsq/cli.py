@@ -105,9 +105,9 @@ def quantize_network(
     """Load the teacher, run the recipe, print the summary."""
     from zsq import pipeline
     from zsq.insert import QuantSpec
-    from zsq.options import layer_bits
     from zsq.run import Run
     from zsq.teachers import load_teacher
+    from zsq.texts import layer_bits
 
     options, size = running.arguments(special), running.size()
     spec = QuantSpec(
