@@ -79,7 +79,8 @@ def test_embedded_teachers_are_frozen_and_complete(name: str) -> None:
     teacher = load_teacher(name)
     assert not [m for m in teacher.net.modules() if m.training]
     assert not [p for p in teacher.net.parameters() if p.requires_grad]
-    assert teacher.task == "classify" and teacher.net(torch.zeros(2, *teacher.image)).shape == (2, teacher.classes)
+    logits = teacher.outputs.parts(teacher.net(torch.zeros(2, *teacher.image)))["class"]
+    assert teacher.task == EMBEDDED[name].facts.task and logits.shape[:2] == (2, teacher.classes)
     assert teacher.mean is not None and len(teacher.mean) == teacher.image[0]
     assert re.fullmatch("[0-9a-f]{64}", teacher.fingerprint)
     with pytest.raises(AttributeError):
