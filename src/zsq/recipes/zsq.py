@@ -1,4 +1,4 @@
-"""Ours: hard images from noise, optionally rounding learned block by block, then distillation with learned steps.
+"""Ours: hard images from noise, then distillation with learned steps; learned rounding on request.
 
 Images as HAST makes them, learned step sizes as in LSQ+, block-wise reconstruction as in BRECQ (off by default: it showed
 no gain in short runs), and a distillation on crops of the images. Its scores are not measured as a table yet.
