@@ -119,6 +119,26 @@ def test_difficulty_moves_away_from_the_label_and_trains_on_the_moved_alone() ->
         step(Batch(images()), 1.0)
 
 
+@pytest.mark.parametrize("promotion", ["loss", "difficulty"])
+def test_promotion_makes_the_images_harder(promotion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = pair()
+    labels = teacher(images(32)).argmax(1)
+    seen: list[Tensor] = []
+    student.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    numbers = {**NUMBERS, "epsilon": 0.05}
+    terms = promoted(student, taught(teacher), QuantSpec(), promotion=promotion, **numbers)(
+        Batch(images(32), labels), 1.0
+    )
+    assert len(seen) == 2 and torch.equal(seen[0], images(32))
+    moved = (seen[1] - seen[0]).abs()
+    assert moved.max().item() == pytest.approx(0.05, rel=1e-3) and moved.mean() > 0.02  # the rest has no gradient
+    if promotion == "loss":
+        assert terms["hard_kl"] + terms["hard_attention"] > terms["kl"] + terms["attention"]
+    else:
+        hard, easy = (losses.difficulty(student(x), labels) for x in (seen[1], seen[0]))
+        assert hard > easy
+
+
 def test_parts_add_up() -> None:
     teacher, student = pair()
     step = promoted(student, taught(teacher), QuantSpec(), promotion="loss", **NUMBERS)

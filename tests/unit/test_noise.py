@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from zsq.errors import BadInput
 from zsq.losses import bn_gap, cross_entropy
 from zsq.sources.base import Batch
-from zsq.sources.noise import balanced_labels, image_loss, probe_images, synthesise, total_variation
+from zsq.sources.noise import balanced_labels, image_loss, probe_images, synthesise
+from zsq.sources.priors import total_variation
 from zsq.tasks.base import Part
 from zsq.tasks.classify import Classify
 from zsq.tasks.detect import Detect

@@ -161,6 +161,8 @@ def test_the_pool_is_kept_and_read_back(tmp_path: Path) -> None:
     assert torch.bincount(tree["labels"], minlength=10).max() == 2  # balanced
     with safe_open(tmp_path / "run" / FILE, "pt") as file:
         facts = json.loads(file.metadata()["provenance"])
+    assert facts.keys() == {"method", "teacher", "fingerprint", "seed", "pixels", "images", "iterations", "group", "lr",
+                            "schedule", "precision", "start"}  # fmt: skip
     assert facts["method"] == "noise" and facts["fingerprint"] == teacher.fingerprint and facts["iterations"] == 6
     again = pipeline.load_pool(str(tmp_path / "run" / FILE), teacher)
     assert again is not None and again.sample(2, rng()).labels is not None
@@ -215,6 +217,8 @@ def test_an_interrupted_pool_goes_on(after: int, tmp_path: Path) -> None:
     with pytest.raises(_Stop):
         make(tmp_path / "broken", stop=after)
     assert not (tmp_path / "broken" / FILE).exists()
+    with pytest.raises(BadInput, match="interrupted while it made it. Finish that run first"):
+        pipeline.load_pool(str(tmp_path / "broken" / FILE), tiny_teacher())
     assert torch.equal(make(tmp_path / "broken", resume=True), straight)
 
 

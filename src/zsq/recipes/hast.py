@@ -25,6 +25,7 @@ from zsq.run import Run
 from zsq.sources.base import Batch, Source, require_image_labels
 from zsq.sources.crops import CropSource, reinforce
 from zsq.sources.noise_pool import NoiseSource
+from zsq.sources.priors import pixel_priors
 from zsq.teachers import Teacher
 from zsq.view import View
 
@@ -48,7 +49,7 @@ STATED: dict[str, dict[str, Any]] = {  # the configuration files; the released p
 def source(
     teacher: Teacher, *, batch: int, milestones: tuple[int, ...] = (), fidelity: str = "best",
     count: int = 512, iterations: int = 150, group: int = 256, image_lr: float | None = None,
-    beta: float | None = None, gamma: float | None = None,
+    beta: float | None = None, gamma: float | None = None, smooth: float = 0.0, norm: float = 0.0, slow: float = 0.0,
 ) -> NoiseSource:  # fmt: skip
     """Hard images: BatchNorm statistics plus `beta` times the class loss that hard images dominate (hast.md, section 3).
 
@@ -63,6 +64,9 @@ def source(
         image_lr: of Adam on the pixels; the fidelity's if not given.
         beta: weight of the class loss; 10 up to 64 pixels, 0.1 above.
         gamma: exponent of the difficulty; 2 up to 64 pixels, 0.5 above.
+        smooth: weight of the images' total variation.
+        norm: weight of their squared norm.
+        slow: weight of what a Gaussian low-pass filter takes away from them.
     """
     require_image_labels(teacher, "hast")
     row = settle(choose("--fidelity", fidelity, FIDELITY), image_lr=image_lr)
@@ -72,7 +76,8 @@ def source(
 
     def image_loss(t: View, images: Batch) -> dict[str, Tensor]:
         hard = weight * losses.hard_sample(t.logits, images.labels, gamma=power)
-        return {"i_bns": losses.bn_gap(t.norms), "i_hard": hard}
+        priors = pixel_priors(images.images, smooth=smooth, norm=norm, slow=slow)
+        return {"i_bns": losses.bn_gap(t.norms), "i_hard": hard, **priors}
 
     return NoiseSource(teacher, lambda _: image_loss, name="hast", batch=batch, count=count, iterations=iterations,
                        group=group, lr=row.image_lr, schedule=row.schedule,
@@ -84,7 +89,8 @@ def hast(
     budget: str = "quick", fidelity: str = "best", steps: int | None = None, warmup: int | None = None,
     batch: int | None = None, micro_batch: int | None = None, count: int | None = None,
     iterations: int | None = None, group: int | None = None, image_lr: float | None = None,
-    beta: float | None = None, gamma: float | None = None, lr: float | None = None, weight_decay: float = 1e-4,
+    beta: float | None = None, gamma: float | None = None, smooth: float = 0.0, norm: float = 0.0, slow: float = 0.0,
+    lr: float | None = None, weight_decay: float = 1e-4,
     kl_weight: float = 20.0, temperature: float = 20.0, alignment: float | None = None,
     epsilon: float | None = None, promotion: Literal["loss", "difficulty", "off"] | None = None,
     ranges: Literal["percentile", "ema", "mse", "official"] | None = None,
@@ -108,6 +114,9 @@ def hast(
         image_lr: learning rate on the pixels; the fidelity's if not given.
         beta: weight of the images' class loss; 10 up to 64 pixels, 0.1 above.
         gamma: exponent of the difficulty in it, 0 for plain cross-entropy; 2 up to 64 pixels, 0.5 above.
+        smooth: weight of the images' total variation; not published for this method, 0 leaves it out.
+        norm: weight of the images' squared norm; the same.
+        slow: weight of what a Gaussian low-pass filter takes away from the images (SynQ, ICLR 2025); the same.
         lr: learning rate of the student's SGD; the fidelity's if not given, a tenth of it above 64 pixels.
         weight_decay: of the student's SGD.
         kl_weight: weight of the distillation term.
@@ -149,13 +158,13 @@ def hast(
         noise_budget(budget, teacher.image), configured, row, STATED[kind] if fidelity == "paper" else STATED["cifar10"],
         {} if small else {"lr": row["lr"] / 10},
         steps=steps, warmup=warmup, batch=batch, count=count, iterations=iterations, group=group, image_lr=image_lr,
-        beta=beta, gamma=gamma, lr=lr, weight_decay=weight_decay, kl_weight=kl_weight, temperature=temperature,
+        beta=beta, gamma=gamma, smooth=smooth, norm=norm, slow=slow, lr=lr, weight_decay=weight_decay, kl_weight=kl_weight, temperature=temperature,
         alignment=alignment, epsilon=epsilon, promotion=promotion, ranges=ranges,
     )  # fmt: skip
     choose("--promotion", plan.promotion, dict.fromkeys(("loss", "difficulty", "off")))
     student, report = quantize(teacher.net, replace(spec, weight=LiveMinMax, act=RANGES[plan.ranges]))
     make = partial(source, teacher, batch=plan.batch, fidelity=fidelity, count=plan.count, iterations=plan.iterations, group=plan.group,
-                   image_lr=plan.image_lr, beta=beta, gamma=gamma)  # fmt: skip
+                   image_lr=plan.image_lr, beta=beta, gamma=gamma, smooth=smooth, norm=norm, slow=slow)  # fmt: skip
     batches = CropSource(feed(images, make, batch=plan.batch), scale=(0.5, 1.0))
 
     seen: Source = batches if plan.ranges_from == "pool" else gdfq_source(teacher, batch=16, milestones=())

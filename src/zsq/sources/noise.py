@@ -13,6 +13,7 @@ from zsq.errors import BadInput
 from zsq.losses import bn_gap, cross_entropy
 from zsq.sources.base import Batch
 from zsq.sources.generator import Loss, autocast, learning
+from zsq.sources.priors import total_variation
 from zsq.view import View, frozen, look
 
 if TYPE_CHECKING:
@@ -23,22 +24,6 @@ PROBE_SEED = 20030
 # A full class term makes images of which the teacher is surer (0.997 on average) than of photographs (0.97), so that
 # even coarse students agree on nearly all of them; a tenth of it brings confidence and agreement close to photographs'.
 _PROBE_CLASS_WEIGHT = 0.1
-
-
-def total_variation(images: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels, down plus across.
-
-    Args:
-        images: shape [b, c, h, w].
-
-    Returns:
-        0-dim tensor.
-
-    Example:
-        >>> float(total_variation(torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])))
-        1.0
-    """
-    return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
 
 
 def image_loss(task: Task, *, class_weight: float = 1.0, bn_weight: float = 1.0, smooth_weight: float = 1.0) -> Loss:

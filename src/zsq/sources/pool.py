@@ -88,6 +88,10 @@ def read_pool(path: Path, *, image: tuple[int, int, int], classes: int) -> tuple
     Raises:
         BadInput: if the file is damaged, of another kind, or not made for this teacher.
     """
+    if not path.exists() and (path.parent / "checkpoint").is_dir():
+        got = "a run that was interrupted while it made it"
+        raise BadInput(f"--images {path}", expected="a pool of images", got=got,
+                       fix="Finish that run first: repeat its command with --resume.")  # fmt: skip
     tree = read_weights(path, what="images")
     images, labels = tree.get("images"), tree.get("labels")
     wanted = f"a float tensor 'images' of shape {['n', *image]}".replace("'n'", "n")
