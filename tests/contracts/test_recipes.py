@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,13 +189,14 @@ def golden_options(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("fidelity", ["paper", "official"])  # the published numbers; ours may improve
-def test_golden_trajectory(name: str, fidelity: str, tmp_path: Path) -> None:
+def test_golden_trajectory(name: str, fidelity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_unless_offered(name, fidelity)
+    # In float32: bfloat16 differs between processors, and between exact rewrites, in the last of its 8 bits.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     short_run(name, tiny_teacher(), tmp_path / "run", fidelity=fidelity, **golden_options(name))
     found, golden = losses(tmp_path / "run"), GOLDEN["losses"][f"{name}-{fidelity}"]
     assert found.keys() == golden.keys()
     for term, values in golden.items():
-        # bfloat16 products of the generator differ between processors in their last of 8 bits
         assert found[term] == pytest.approx(values, rel=GOLDEN["tolerance"]), term
 
 
