@@ -1,10 +1,11 @@
-"""Write the tables of README.md and docs/findings.md from bench/results/*.json.
+"""Write the tables of README.md, docs/findings.md and docs/performance.md from bench/results/*.json.
 
     python scripts/render_results.py            # write
     python scripts/render_results.py --check    # only say whether they are up to date
 
 A table stands between ``<!-- results: NAME LAYOUT -->`` and ``<!-- end -->``: NAME.json, and LAYOUT `wide` (a row per
-method, a column per bit width) or `long` (a row per method and bit width, with agreements and minutes).
+method, a column per bit width), `long` (a row per method and bit width, with agreements and minutes), or `speed` and
+`scaling` (what bench/speed.py writes).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
-BLOCK = re.compile(r"(<!-- results: (\w+) (wide|long) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md", ROOT / "docs" / "performance.md")
+BLOCK = re.compile(r"(<!-- results: (\w+) (wide|long|speed|scaling) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
 def score(row: dict[str, Any]) -> str:
@@ -54,12 +56,46 @@ def long(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def speed(found: dict[str, Any]) -> list[str]:
+    """Where a step's time goes, and what it is compared with."""
+    whole = found["seconds_per_step"]
+    lines = ["| part of a step | ms | share |", "|---|---|---|"]
+    lines += [f"| {name} | {1000 * t:.1f} | {100 * t / whole:.1f} % |" for name, t in found["parts"].items()]
+    lines.append(f"| whole step, measured | {1000 * whole:.1f} | |")
+    ratios = {
+        "whole step over float step": f"{found['step_over_float_step']:.3f}",
+        "student over float student": f"{found['student_over_float_student']:.3f}",
+        "gradient inundation, added share": f"{100 * found['gi_overhead']:.2f} %",
+        "reads of a number per unlogged step": f"{found['host_syncs_per_step']}",
+        "whole step over arithmetic floor": f"{found['step_over_floor']:.2f}",
+        "peak memory": f"{found['peak_memory_bytes'] / 2**20:.0f} MiB",
+        "matrix rate, float32 and bfloat16": " and ".join(f"{v / 1e9:.0f}" for v in found["matrix_rate"].values())
+        + " GFLOP/s",
+    }
+    if "speedup_over_reference" in found:
+        ratios["plain implementation over whole step"] = f"{found['speedup_over_reference']:.2f}"
+    return [*lines, "", "| measure | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in ratios.items())]
+
+
+def scaling(found: dict[str, Any]) -> list[str]:
+    """How time and arithmetic grow with each quantity: exponents from the first to the last value."""
+    lines = ["| varied | values | ms per step | exponent, time | exponent, arithmetic |", "|---|---|---|---|---|"]
+    for row in found["sweep"]:
+        values = ", ".join(str(point["value"]) for point in row["points"])
+        times = ", ".join(f"{1000 * point['seconds']:.0f}" for point in row["points"])
+        lines.append(f"| {row['what']} | {values} | {times} | {row['exponent']:.2f} | {row['exponent_flop']:.2f} |")
+    return lines
+
+
+LAYOUTS: dict[str, Callable[[Any], list[str]]] = {"wide": wide, "long": long, "speed": speed, "scaling": scaling}
+
+
 def rendered(text: str) -> str:
     """A page with every table made again."""
 
     def table(match: re.Match[str]) -> str:
-        rows = json.loads((ROOT / "bench" / "results" / f"{match[2]}.json").read_text(encoding="utf-8"))["table"]
-        return match[1] + "\n".join((wide if match[3] == "wide" else long)(rows)) + match[4]
+        found = json.loads((ROOT / "bench" / "results" / f"{match[2]}.json").read_text(encoding="utf-8"))
+        return match[1] + "\n".join(LAYOUTS[match[3]](found.get("table", found))) + match[4]
 
     return BLOCK.sub(table, text)
 
