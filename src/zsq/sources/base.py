@@ -93,7 +93,7 @@ def require_image_labels(teacher: Teacher, source: str) -> None:
         raise BadInput(
             f"source {source}", expected="a teacher that gives every image one class, because its images are made for "
             "a class", got=f"{teacher.name}, whose task is to {teacher.task}",
-            fix="Use images that need none: recipe zeroq, recipe ait with --base zeroq, or --images FILE.",
+            fix="Use images that need none: recipe zeroq, recipe zaq, recipe ait with --base zeroq, or --images FILE.",
         )  # fmt: skip
 
 
