@@ -23,6 +23,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 _RELU = _words("relu relu6 leakyrelu prelu rrelu elu selu celu gelu silu hardswish mish softplus")
+_BENT = _words("relu relu6 leakyrelu prelu rrelu")  # straight lines
 _CLAMP = {"clamp": "min", "clip": "min", "clampmin": "min", "hardtanh": "min_val", "threshold": "threshold"}
 _KEEP = _words(
     """maxpool1d maxpool2d maxpool3d adaptivemaxpool1d adaptivemaxpool2d adaptivemaxpool3d fractionalmaxpool2d
@@ -247,3 +248,8 @@ def is_activation(module: nn.Module) -> bool:
     """Whether a module is an activation of the ReLU family."""
     natives = [kind for kind in type(module).__mro__ if kind.__module__ == "torch.nn.modules.activation"]
     return bool(natives) and _key(natives[0].__name__) in _RELU
+
+
+def is_bent(op: Op) -> bool:
+    """Whether an activation is made of straight lines: unlike a curve, the same in every runtime."""
+    return _key(op.name) in _BENT

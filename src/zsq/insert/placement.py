@@ -103,7 +103,7 @@ def _needs_site(node: fx.Node, traced: Traced) -> bool:
     reader = sole_reader(node, ops)
     if reader is None:
         return True
-    if op.kind == "norm" and ops[reader].kind == "relu":
+    if op.kind == "norm" and kinds.is_bent(ops[reader]):
         return False  # both are float; the activation's site rounds what they make
     merges = op.kind == "weighted" or op.name in ("add", "sub")
     return not (merges and kinds.is_rectifier(reader, ops[reader], traced.modules))
