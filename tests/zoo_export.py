@@ -50,12 +50,13 @@ class ResNet18(nn.Module):
 class Inverted(nn.Module):
     """Expand, depthwise, project; with squeeze-and-excite if asked for; residual where the shapes allow."""
 
-    def __init__(self, i: int, o: int, stride: int, act: type[nn.Module], *, gate: bool) -> None:
+    def __init__(self, i: int, o: int, stride: int, act: type[nn.Module], *, gate: bool, factor: int = 4) -> None:
         super().__init__()
-        wide = 4 * i
-        self.expand, self.depthwise = conv(i, wide, 1, act=act()), conv(wide, wide, 3, stride, groups=wide, act=act())
+        wide, few = factor * i, max(8, i)
+        self.expand = conv(i, wide, 1, act=act()) if factor > 1 else nn.Sequential()
+        self.depthwise = conv(wide, wide, 3, stride, groups=wide, act=act())
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(wide, 8, 1), nn.ReLU(), nn.Conv2d(8, wide, 1), nn.Hardsigmoid()
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(wide, few, 1), nn.ReLU(), nn.Conv2d(few, wide, 1), nn.Hardsigmoid()
         ) if gate else None  # fmt: skip
         self.project = conv(wide, o, 1)
         self.residual = stride == 1 and i == o
@@ -66,15 +67,30 @@ class Inverted(nn.Module):
         return x + y if self.residual else y
 
 
+# Rows: output channels, blocks, stride of the first, how many times wider the depthwise layer is.
+Rows = list[tuple[int, int, int, int]]
+SMALL: Rows = [(8, 1, 1, 4), (12, 2, 2, 4), (16, 2, 2, 4)]
+MOBILENET_V2: Rows = [
+    (16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6),
+]  # fmt: skip
+GATED: Rows = [(16, 1, 2, 1), (24, 2, 2, 4), (40, 3, 2, 4), (48, 2, 1, 4), (96, 3, 2, 6)]
+
+
 class Mobile(nn.Module):
     """MobileNetV2 with ReLU6, or a squeeze-and-excite network with Hardswish."""
 
-    def __init__(self, act: type[nn.Module], *, gate: bool) -> None:
+    def __init__(
+        self, act: type[nn.Module], *, gate: bool, rows: Rows = SMALL, stem: int = 8, head: int = 32, classes: int = 10
+    ) -> None:
         super().__init__()
-        shapes = [(8, 8, 1), (8, 12, 2), (12, 12, 1), (12, 16, 2), (16, 16, 1)]
-        self.stem, self.head = conv(3, 8, 3, 2, act=act()), conv(16, 32, 1, act=act())
-        self.blocks = nn.Sequential(*(Inverted(*shape, act, gate=gate) for shape in shapes))
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(32, 10))
+        blocks, i = [], stem
+        for o, count, stride, factor in rows:
+            for k in range(count):
+                blocks.append(Inverted(i, o, stride if k == 0 else 1, act, gate=gate, factor=factor))
+                i = o
+        self.stem, self.head = conv(3, stem, 3, 2, act=act()), conv(i, head, 1, act=act())
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(head, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.head(self.blocks(self.stem(x))).mean([2, 3]))
@@ -133,10 +149,17 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
 def teacher_of(name: str) -> tuple[Teacher, Tensor]:
     """An untrained teacher and images for it."""
     make, image = NETS[name]
+    return settled(name, make, image)
+
+
+def settled(
+    name: str, make: Callable[[], nn.Module], image: tuple[int, int, int], *, count: int = 48, passes: int = 20
+) -> tuple[Teacher, Tensor]:
+    """An untrained teacher whose BatchNorms have the statistics of noise, and that noise."""
     torch.manual_seed(0)
-    net, images = make(), torch.randn(48, *image, generator=torch.Generator().manual_seed(1))
+    net, images = make(), torch.randn(count, *image, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for _ in range(20):
+        for _ in range(passes):
             net.train()(images)
         classes = net.eval()(images[:2]).shape[1]
     net.requires_grad_(False)

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,8 @@ def measure(
     """Compare size and latency of a quantized file with its float file.
 
     Both stay loaded and take turns in random order, in short blocks whose first call is not counted, until each had its
-    share of time; the figures are medians over all counted calls. On a busy machine milliseconds move, ratios hardly.
+    share of time; the figures are medians over all counted calls. On a busy machine the clock on the wall also counts
+    the waiting for a processor, and a longer call is more often interrupted: processor time stands beside it.
 
     Args:
         quantized: the exported file.
@@ -46,7 +47,9 @@ def measure(
 
     Returns:
         Per batch size N ``latency_ms_batchN``, ``latency_ms_float_batchN`` and ``speedup_batchN`` (float time / time),
-        all with float parts in float32; with OpenVINO also ``latency_ms_bf16_batchN`` and
+        all with float parts in float32; the same of processor time, ``cpu_ms_batchN``, ``cpu_ms_float_batchN`` and
+        ``speedup_cpu_batchN`` (None with several threads, whose times add up), and ``waited_batchN``, the share of the
+        time in which a call waited for a processor. With OpenVINO also ``latency_ms_bf16_batchN`` and
         ``latency_ms_float_bf16_batchN`` (None on a CPU without bf16). ``bytes``, ``float_bytes``, ``size_ratio``; what
         was measured on: ``runtime``, ``threads``, ``cpu``, ``vnni``, ``calls_batchN`` (counted calls of the file with
         the fewest).
@@ -73,15 +76,33 @@ def measure(
         for name, file in files.items():
             _try(runners[name], x, file)
         times = interleave({name: _call(run, x) for name, run in runners.items()}, seconds=seconds)
-        medians = {name: 1000 * statistics.median(own) for name, own in times.items()}
         names = list(files) if runtime == "ort" else [*files, "bf16_", "float_bf16_"]
-        result |= {f"latency_ms_{name}batch{batch}": medians.get(name) for name in names}
-        result[f"speedup_batch{batch}"] = medians["float_"] / medians[""]
-        result[f"calls_batch{batch}"] = min(len(own) for own in times.values())
+        result |= _figures(times, names, batch, one_thread=threads == 1)
     return result
 
 
-def interleave(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, list[float]]:
+class Times(NamedTuple):
+    """Seconds of every counted call of one file: on the wall, and of processor time over all threads."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def _figures(times: dict[str, Times], names: Sequence[str], batch: int, *, one_thread: bool) -> dict[str, Any]:
+    """Medians, and what they say."""
+    wall = {name: 1000 * statistics.median(own.wall) for name, own in times.items()}
+    cpu = {name: 1000 * statistics.median(own.cpu) for name, own in times.items()} if one_thread else {}
+    found: dict[str, Any] = {f"latency_ms_{name}batch{batch}": wall.get(name) for name in names}
+    found |= {f"cpu_ms_{name}batch{batch}": cpu.get(name) for name in names}
+    found[f"speedup_batch{batch}"] = wall["float_"] / wall[""]
+    found[f"speedup_cpu_batch{batch}"] = cpu["float_"] / cpu[""] if cpu else None
+    busy, whole = (sum(map(sum, clock)) for clock in zip(*((own.cpu, own.wall) for own in times.values()), strict=True))
+    found[f"waited_batch{batch}"] = max(0.0, 1 - busy / whole) if one_thread else None
+    found[f"calls_batch{batch}"] = min(len(own.wall) for own in times.values())
+    return found
+
+
+def interleave(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, Times]:
     """Time several functions in turns.
 
     Args:
@@ -98,16 +119,17 @@ def interleave(calls: dict[str, Callable[[], object]], *, seconds: float) -> dic
         start = time.perf_counter()
         call()
         repeats[name] = max(1, round(BLOCK / max(time.perf_counter() - start, 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times = {name: Times([], []) for name in calls}
     end = time.perf_counter() + seconds * len(calls)
     for turn in itertools.count(1):
         for name in order.sample(list(calls), len(calls)):
             call = calls[name]
             call()  # brings its weights back into the caches
             for _ in range(repeats[name]):
-                start = time.perf_counter()
+                start, before = time.perf_counter(), time.process_time()
                 call()
-                times[name].append(time.perf_counter() - start)
+                times[name].cpu.append(time.process_time() - before)
+                times[name].wall.append(time.perf_counter() - start)
         if turn >= ROUNDS and time.perf_counter() >= end:
             return times
     return times

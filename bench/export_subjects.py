@@ -1,0 +1,179 @@
+"""Students whose exported files are measured: trained runs, calibrated real networks, untrained shapes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # the untrained shapes are those of the tests
+
+import zoo_export  # noqa: E402
+from zsq.bench import read_matrix, run_cell  # noqa: E402
+from zsq.checkpoint import load_tree  # noqa: E402
+from zsq.data import LabelledData, load_data  # noqa: E402
+from zsq.finished import open_run  # noqa: E402
+from zsq.insert import QuantSpec  # noqa: E402
+from zsq.recipes.zeroq import zeroq  # noqa: E402
+from zsq.run import Run  # noqa: E402
+from zsq.sources.noise import probe_images  # noqa: E402
+from zsq.sources.pool import PoolSource  # noqa: E402
+from zsq.teachers import Teacher, load_teacher  # noqa: E402
+
+MATRIX = ROOT / "bench" / "export_runs.toml"
+SHARED = Path(os.environ.get("ZSQ_SHARED") or ROOT.parent / "shared")
+BITS = ((8, 8), (4, 8), (4, 4), (3, 3))
+
+
+class Subject(NamedTuple):
+    """A student at one width, not made yet.
+
+    Attributes:
+        network: its teacher, in words.
+        students: how it came about: trained, calibrated (ranges only) or untrained (random weights).
+        bits: of weights and activations.
+        make: makes it.
+    """
+
+    network: str
+    students: str
+    bits: tuple[int, int]
+    make: Callable[[], Made]
+
+    @property
+    def width(self) -> str:
+        """Bits in words."""
+        return "W{}A{}".format(*self.bits)
+
+
+class Made(NamedTuple):
+    """A student with what it is compared on.
+
+    Attributes:
+        student: calibrated or trained, ranges fixed.
+        teacher: its float network.
+        images: synthetic ones, as the export sees them.
+        data: a labelled set, or None for random weights.
+    """
+
+    student: nn.Module
+    teacher: Teacher
+    images: Tensor
+    data: LabelledData | None
+
+
+def subjects(runs: Path) -> Iterator[Subject]:
+    """All of them, in the order of the table.
+
+    Args:
+        runs: where the trained runs are, or will be made.
+    """
+    cells, shared = read_matrix(MATRIX)
+    for cell in sorted(cells, key=lambda c: (-c.weight_bits, -c.act_bits)):
+
+        def trained(cell: Any = cell) -> Made:
+            folder = runs / cell.name
+            run_cell(cell, folder, shared, 1)
+            teacher, student, _ = open_run(folder)
+            images = load_tree(folder / "images.safetensors")["images"]
+            return Made(student, teacher, images, load_data(cell.options["eval"], teacher))
+
+        yield Subject(cell.teacher, "trained", (cell.weight_bits, cell.act_bits), trained)
+    for name, real in REAL.items():
+        if real.facts and not _NETS.exists():
+            print(f"{name}: left out, its files are not in the folder of shared data", file=sys.stderr)
+            continue
+        for bits in BITS:
+
+            def calibrated(name: str = name, bits: tuple[int, int] = bits) -> Made:
+                teacher, images, labelled = _real(name)
+                return Made(student_of(teacher, images, bits), teacher, images, labelled)
+
+            yield Subject(name, "calibrated", bits, calibrated)
+    for name in SHAPES:
+        for bits in BITS:
+
+            def untrained(name: str = name, bits: tuple[int, int] = bits) -> Made:
+                teacher, images = shape(name)
+                return Made(student_of(teacher, images, bits), teacher, images, None)
+
+            yield Subject(name, "untrained", bits, untrained)
+
+
+def student_of(teacher: Teacher, images: Tensor, bits: tuple[int, int]) -> nn.Module:
+    """A student in deploy placement whose ranges are those of some images, as recipe `zeroq` takes them."""
+    pool = PoolSource(images, None, name="pool", held_out=1)
+    batch = min(32, len(images))
+    spec = QuantSpec(*bits, placement="deploy")
+    return zeroq(teacher, Run(None), spec=spec, images=pool, warmup=10, batch=batch).student
+
+
+# ---- real networks, calibrated on images made from themselves
+
+_NETS = SHARED / "teachers" / "nets.py"
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Real(NamedTuple):
+    """A real network: how many images are made from it in how many steps, its facts, and what it is scored on."""
+
+    count: int
+    steps: int
+    facts: dict[str, Any]
+    data: str
+
+
+REAL = {
+    "shapes-segment": Real(64, 40, {}, "shapes-segment"),
+    "shapes-detect": Real(64, 40, {}, "shapes-detect"),
+    "imagenet_mobilenetv1_x025": Real(
+        64, 40, {"classes": 1000, "image": (3, 224, 224), "mean": _MEAN, "std": _STD, "resize": 256, "crop": 224},
+        f"imagefolder:{SHARED / 'data' / 'imagenet_ccby'}",
+    ),
+    "camvid_cgnet": Real(
+        4, 20,
+        {
+            "task": "segment", "classes": 11, "image": (3, 360, 480), "std": (1 / 255,) * 3,
+            "mean": tuple(v / 255 for v in (105.65775, 103.329834, 99.625404)),
+        },
+        f"camvid:{SHARED / 'data' / 'camvid'}[:40]",
+    ),
+}  # fmt: skip
+
+
+@cache
+def _real(name: str) -> tuple[Teacher, Tensor, LabelledData]:
+    count, steps, facts, data = REAL[name]
+    if facts:
+        weights = SHARED / "teachers" / f"{name}.safetensors"
+        teacher = load_teacher(f"{_NETS}:{name}", weights=str(weights), **facts)
+    else:
+        teacher = load_teacher(name)
+    return teacher, probe_images(teacher, count, steps=steps), load_data(data, teacher)
+
+
+# ---- shapes with random weights, at the size that networks of this kind are used at
+
+SHAPES: dict[str, Callable[[], nn.Module]] = {
+    "ResNet-18 shape": lambda: zoo_export.ResNet18(64, 1000),
+    "MobileNetV2 shape": lambda: zoo_export.Mobile(
+        nn.ReLU6, gate=False, rows=zoo_export.MOBILENET_V2, stem=32, head=1280, classes=1000
+    ),
+    "SE and Hardswish": lambda: zoo_export.Mobile(
+        nn.Hardswish, gate=True, rows=zoo_export.GATED, stem=16, head=576, classes=1000
+    ),
+}
+
+
+@cache
+def shape(name: str) -> tuple[Teacher, Tensor]:
+    """An untrained network for images of 224 pixels, and 8 images of noise."""
+    torch.manual_seed(0)
+    return zoo_export.settled(name, SHAPES[name], (3, 224, 224), count=8, passes=6)
