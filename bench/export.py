@@ -2,6 +2,7 @@
 
     python bench/export.py files --output bench/results/export.json     # what the files compute
     python bench/export.py speed --output bench/results/export.json     # how fast they are
+    python bench/export.py bound --output bench/results/export.json     # and single layers of the same shapes
 
 Trained students are the runs of bench/export_runs.toml, which are made where they are missing; real networks without a
 training run, and shapes with random weights, are only calibrated: what is measured is the file, not the method. Rows
@@ -14,14 +15,15 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from export_subjects import Made, Subject, shape, student_of, subjects
+from export_subjects import STACKS, Made, Subject, shape, stack, stack_operations, student_of, subjects
 from zsq.bench import commit
 from zsq.checkpoint import write_json_atomic
 from zsq.errors import ZsqError
@@ -107,6 +109,28 @@ def speed_rows(name: str, bits: tuple[int, int], folder: Path, seconds: float) -
         yield row | benchmark.measure(path, folder / "float.onnx", target, seconds=seconds)
 
 
+def bound_rows(name: str, bits: tuple[int, int], folder: Path, seconds: float) -> Iterator[Row]:
+    """A row per runtime: operations per second of one layer's kernels, in float32 and on integers."""
+    teacher, images = stack(name)
+    student: nn.Module = student_of(teacher, images, bits)
+    float_onnx(teacher, folder / "float.onnx")
+    work = stack_operations(name)
+    for target in TARGETS:
+        path = folder / f"{target}.onnx"
+        found = onnx_program.write(student, teacher, images, path, target=target, least_agreement=0)
+        measured = benchmark.measure(path, folder / "float.onnx", target, batches=(1,), seconds=seconds)
+        rates = {
+            f"{kind}_per_second": 1000 * work / measured[f"cpu_ms_{key}batch1"]
+            for kind, key in {"integer": "", "float": "float_"}.items()
+        }
+        yield {
+            "network": name, "bits": "W{}A{}".format(*bits), "target": target, "operations": work, **rates,
+            "ratio": rates["integer_per_second"] / rates["float_per_second"],
+            **{key: found[key] for key in ("integer_conv_share", "convolutions")},
+            **{key: measured[key] for key in ("runtime", "threads", "cpu", "vnni", "waited_batch1", "calls_batch1")},
+        }  # fmt: skip
+
+
 def embedded(name: str) -> tuple[Teacher, Tensor]:
     """A teacher of the package, and noise to take ranges from: they do not change the speed."""
     teacher = load_teacher(name)
@@ -121,12 +145,26 @@ def provenance() -> Row:
     }  # fmt: skip
 
 
-def merged(before: list[Row], new: list[Row], order: list[tuple[str, str]]) -> list[Row]:
-    """Rows of a result file after some were made again, in the order of the subjects."""
-    rows = {(row["network"], row["bits"], row["target"]): row for row in [*before, *new]}
-    places = {key: place for place, key in enumerate(dict.fromkeys(order))}
-    known = [row for key, row in rows.items() if key[:2] in places]
-    return sorted(known, key=lambda row: (places[row["network"], row["bits"]], TARGETS.index(row["target"])))
+def jobs(what: str, runs: Path, seconds: float) -> dict[str, Callable[[Path], Iterator[Row]]]:
+    """What there is to measure, by network and width: functions of a folder for their files."""
+    if what == "files":
+        made = sorted(subjects(runs), key=lambda subject: subject.bits, reverse=True)
+        return {f"{subject.network} {subject.width}": partial(file_rows, subject) for subject in made}
+    names, rows = (TIMED, speed_rows) if what == "speed" else (tuple(STACKS), bound_rows)
+    widths = TIMED_BITS if what == "speed" else TIMED_BITS[:1]
+    return {f"{n} W{b[0]}A{b[1]}": partial(rows, n, b, seconds=seconds) for n in names for b in widths}
+
+
+def merged(before: list[Row], new: list[Row], order: list[str]) -> list[Row]:
+    """Rows of a result file after some were made again: networks in the given order, for each the given widths."""
+    rows = {(f"{row['network']} {row['bits']}", row["target"]): row for row in [*before, *new]}
+    networks = list(dict.fromkeys(text.rpartition(" ")[0] for text in order))
+
+    def place(item: tuple[tuple[str, str], Row]) -> tuple[int, ...]:
+        (text, target), row = item
+        return networks.index(row["network"]), order.index(text), TARGETS.index(target)
+
+    return [row for _, row in sorted((item for item in rows.items() if item[0][0] in order), key=place)]
 
 
 def wanted(text: str, only: list[str], rows: list[Row]) -> bool:
@@ -139,7 +177,7 @@ def wanted(text: str, only: list[str], rows: list[Row]) -> bool:
 def main() -> None:
     """Measure, and write the file after every subject."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["files", "speed"])
+    parser.add_argument("what", choices=["files", "speed", "bound"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/export"), help="folder of the trained runs")
     parser.add_argument("--only", nargs="*", default=[], help='parts of "NETWORK W4A4" to measure (again)')
@@ -148,23 +186,15 @@ def main() -> None:
     torch.set_num_threads(1)
     result: Row = json.loads(given.output.read_text(encoding="utf-8")) if given.output.exists() else {}
     rows: list[Row] = result.get(given.what, [])
-    if given.what == "files":
-        todo = {f"{s.network} {s.width}": (s.network, s.width, s) for s in subjects(given.runs)}
-    else:
-        todo = {f"{n} W{w}A{a}": (n, f"W{w}A{a}", (n, (w, a))) for n in TIMED for w, a in TIMED_BITS}
-    order = [(network, width) for network, width, _ in todo.values()]
-    for text, (_, _, subject) in todo.items():
+    todo = jobs(given.what, given.runs, given.seconds)
+    for text, measure in todo.items():
         if not wanted(text, given.only, rows):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            found = (
-                file_rows(subject, Path(folder)) if isinstance(subject, Subject)
-                else speed_rows(*subject, Path(folder), given.seconds)
-            )  # fmt: skip
-            new = [row | provenance() for row in found]
+            new = [row | provenance() for row in measure(Path(folder))]
         for row in new:
             print(json.dumps(row), file=sys.stderr, flush=True)
-        rows = merged(rows, new, order)
+        rows = merged(rows, new, list(todo))
         write_json_atomic(given.output, result | {given.what: rows})
         result[given.what] = rows
 

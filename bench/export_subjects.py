@@ -87,10 +87,10 @@ def subjects(runs: Path) -> Iterator[Subject]:
 
         yield Subject(cell.teacher, "trained", (cell.weight_bits, cell.act_bits), trained)
     for name, real in REAL.items():
-        if real.facts and not _NETS.exists():
+        if str(SHARED) in real.data and not SHARED.exists():
             print(f"{name}: left out, its files are not in the folder of shared data", file=sys.stderr)
             continue
-        for bits in BITS:
+        for bits in real.bits:
 
             def calibrated(name: str = name, bits: tuple[int, int] = bits) -> Made:
                 teacher, images, labelled = _real(name)
@@ -122,20 +122,25 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Real(NamedTuple):
-    """A real network: how many images are made from it in how many steps, its facts, and what it is scored on."""
+    """A real network: how many images are made from it in how many steps, its facts, what it is scored on, widths."""
 
     count: int
     steps: int
     facts: dict[str, Any]
     data: str
+    bits: tuple[tuple[int, int], ...] = BITS
 
 
+_DATA = SHARED / "data"
 REAL = {
+    "digits": Real(256, 40, {}, "digits", BITS[:2]),
+    "resnet20-cifar10": Real(256, 40, {}, f"npz:{_DATA / 'cifar10_test.npz'}[2000:]", BITS[:2]),
+    "resnet20-cifar100": Real(256, 40, {}, f"npz:{_DATA / 'cifar100_test.npz'}[2000:]", BITS[:2]),
     "shapes-segment": Real(64, 40, {}, "shapes-segment"),
     "shapes-detect": Real(64, 40, {}, "shapes-detect"),
     "imagenet_mobilenetv1_x025": Real(
         64, 40, {"classes": 1000, "image": (3, 224, 224), "mean": _MEAN, "std": _STD, "resize": 256, "crop": 224},
-        f"imagefolder:{SHARED / 'data' / 'imagenet_ccby'}",
+        f"imagefolder:{_DATA / 'imagenet_ccby'}",
     ),
     "camvid_cgnet": Real(
         4, 20,
@@ -143,7 +148,7 @@ REAL = {
             "task": "segment", "classes": 11, "image": (3, 360, 480), "std": (1 / 255,) * 3,
             "mean": tuple(v / 255 for v in (105.65775, 103.329834, 99.625404)),
         },
-        f"camvid:{SHARED / 'data' / 'camvid'}[:40]",
+        f"camvid:{_DATA / 'camvid'}[:40]",
     ),
 }  # fmt: skip
 
@@ -157,6 +162,33 @@ def _real(name: str) -> tuple[Teacher, Tensor, LabelledData]:
     else:
         teacher = load_teacher(name)
     return teacher, probe_images(teacher, count, steps=steps), load_data(data, teacher)
+
+
+# ---- stacks of one layer: what the runtimes' kernels gain at most
+
+STACKS = {
+    "3x3, 64 channels, 56x56": (64, 56, 3), "3x3, 128 channels, 28x28": (128, 28, 3),
+    "3x3, 256 channels, 14x14": (256, 14, 3), "3x3, 512 channels, 7x7": (512, 7, 3),
+    "1x1, 256 channels, 28x28": (256, 28, 1),
+}  # fmt: skip
+
+
+@cache
+def stack(name: str) -> tuple[Teacher, Tensor]:
+    """Four equal convolutions with ReLU, 8-bit throughout but for the output, and noise."""
+    channels, side, kernel = STACKS[name]
+
+    def make() -> nn.Module:
+        layers = [zoo_export.conv(channels, channels, kernel, act=nn.ReLU()) for _ in range(4)]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    return zoo_export.settled(name, make, (channels, side, side), count=8, passes=4)
+
+
+def stack_operations(name: str) -> int:
+    """Multiplications and additions of the convolutions of a stack, for one image."""
+    channels, side, kernel = STACKS[name]
+    return 2 * 4 * (channels * kernel * side) ** 2
 
 
 # ---- shapes with random weights, at the size that networks of this kind are used at
