@@ -78,3 +78,13 @@ def test_a_run(finished_run: Path) -> None:
             assert lines[0] == [row[1] for row in plane] and lines[1] == plane[1]  # the plane's own axes
             assert plane[1][1] == surface.centre[name]
     assert requant.plane != dequant.plane
+
+
+def test_each_point_is_measured_once(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = open_subject(finished_run, count=4)
+    calls: list[int] = []
+    plain = type(subject).losses
+    monkeypatch.setattr(type(subject), "losses", lambda self, arm: calls.append(1) or plain(self, arm))
+    result = landscape(subject, points=5, lines=4)
+    assert len(calls) == 2 * (5 * 5 + 2 * 4)  # the plane holds the first two lines, and the centre of the others
+    assert [len(line) for line in result.surfaces[0].lines["ce"]] == [5] * 4

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsq.analysis.subject import Arm, Subject, restored
+from zsq.analysis.subject import Subject, losses_on, restored
 from zsq.errors import BadInput
 from zsq.grid import decode, encode
 from zsq.insert.access import QuantizedWeight
 from zsq.insert.weight_path import WeightPath, exact
 from zsq.run.progress import Progress, Silent
 
-BATCH = 256
 MODES = ("requant", "dequant")
 
 Evaluate = Callable[[], Mapping[str, Tensor]]
@@ -103,23 +102,35 @@ def landscape(
     axis = coordinates(points, radius)
     shown = shown or Silent()
     moves = directions([(w.parameter, w.axis) for w in subject.weights], count=max(lines, 2), seed=seed)
-    where: list[tuple[float, ...]] = [(a, b) for a in axis for b in axis]
-    for k in range(len(moves)):
-        where += [tuple(a if i == k else 0.0 for i in range(len(moves))) for a in axis]
+    n = len(moves)
+    plane = [_place(n, {0: a, 1: b}) for a in axis for b in axis]
+    where = list(dict.fromkeys([*plane, *(_place(n, {k: a}) for k in range(n) for a in axis)]))  # each point once
     shown.start("landscape", len(where) * len(subject.arms) * len(MODES), 0)
     surfaces: list[Surface] = []
     for arm in subject.arms:
         for mode in MODES:
             begun = len(where) * len(surfaces)
             with _moved_weights(subject, mode) as parameters:
-                found = scan(parameters, moves, where, lambda arm=arm: _losses(subject, arm),  # type: ignore[misc]
+                found = scan(parameters, moves, where, lambda arm=arm: losses_on(subject, arm),  # type: ignore[misc]
                              tick=lambda n, begun=begun: shown.update(begun + n))  # type: ignore[misc]  # fmt: skip
-            tables = {k: [v[i : i + points] for i in range(0, len(v), points)] for k, v in found.items()}
-            surfaces.append(Surface(
-                arm.name, mode, {k: t[points // 2][points // 2] for k, t in tables.items()},
-                {k: t[:points] for k, t in tables.items()}, {k: t[points:] for k, t in tables.items()},
-            ))  # fmt: skip
+            at = {loss: dict(zip(where, values, strict=True)) for loss, values in found.items()}
+            surfaces.append(_surface(arm.name, mode, axis, at))
     return Landscape(axis, surfaces)
+
+
+def _place(count: int, steps: Mapping[int, float]) -> tuple[float, ...]:
+    """A point as one coordinate per direction."""
+    return tuple(steps.get(k, 0.0) for k in range(count))
+
+
+def _surface(arm: str, mode: str, axis: list[float], found: Mapping[str, Mapping[tuple[float, ...], float]]) -> Surface:
+    """Sort the values at all points into centre, plane and lines."""
+    count = len(next(iter(next(iter(found.values())))))
+    return Surface(
+        arm, mode, {loss: at[_place(count, {})] for loss, at in found.items()},
+        {loss: [[at[_place(count, {0: a, 1: b})] for b in axis] for a in axis] for loss, at in found.items()},
+        {loss: [[at[_place(count, {k: a})] for a in axis] for k in range(count)] for loss, at in found.items()},
+    )  # fmt: skip
 
 
 def coordinates(points: int, radius: float) -> list[float]:
@@ -218,12 +229,3 @@ def _round(weights: Sequence[QuantizedWeight]) -> None:
     for weight in weights:
         grid = weight.grid()
         weight.parameter.copy_(decode(encode(weight.parameter, grid), grid))
-
-
-def _losses(subject: Subject, arm: Arm) -> dict[str, Tensor]:
-    """The losses on a whole arm, batch by batch."""
-    total: dict[str, Tensor] = {}
-    for part in arm.split(BATCH):
-        for name, loss in subject.losses(part).items():
-            total[name] = total.get(name, 0.0) + loss * (len(part.images) / len(arm.images))
-    return total

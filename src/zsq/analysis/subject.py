@@ -20,6 +20,7 @@ from zsq.insert.access import QuantizedWeight, freeze_ranges, quantized_weights
 from zsq.teachers import Teacher
 
 CHUNK = 256  # images per forward without gradients
+PART = 64  # the same where it is repeated hundreds of times: maps of small networks then stay in the cache
 ASKED, TOLD = "labels asked for", "teacher's labels"
 
 
@@ -128,6 +129,15 @@ def open_subject(
     return Subject(
         path, student, quantized_weights(student), arms, float(plan.get("temperature") or 20.0), as_trained
     )  # fmt: skip
+
+
+def losses_on(subject: Subject, arm: Arm) -> dict[str, Tensor]:
+    """The losses on a whole arm, part by part: without gradients a pass over large maps would wait for memory."""
+    total: dict[str, Tensor] = {}
+    for part in arm.split(PART):
+        for name, loss in subject.losses(part).items():
+            total[name] = total.get(name, 0.0) + loss * (len(part.images) / len(arm.images))
+    return total
 
 
 def make_arm(name: str, images: Tensor, teacher: Teacher, made: Tensor | None) -> Arm:

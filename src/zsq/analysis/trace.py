@@ -1,56 +1,23 @@
-"""How sharp is the minimum? The trace of the Hessian of each loss, estimated with random probes (Hutchinson)."""
+"""How sharp is the minimum? The trace of the Hessian of each loss, estimated with random probes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from zsq.analysis.subject import Subject, at_snapshot, is_complete
+from zsq.analysis.probes import Batch, Estimate, Logits, gauss_newton, hutchinson
+from zsq.analysis.straight import bend
+from zsq.analysis.subject import Arm, Subject, at_snapshot, is_complete, losses_on
 from zsq.analysis.subject import moments as moments_of
-from zsq.errors import BadInput
 from zsq.run.progress import Progress, Silent
 
-CHUNK = 10  # probes that share one forward and one gradient, and between which the stopping rule looks
 BATCH = 256
+GROUP = 4  # images per backward pass of the cheap estimate: the smallest noise for the same time, as measured
 TOLERANCE = 0.05  # standard error over mean at which all estimates are good enough
-
-Batch = Callable[[], Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Trace of one Hessian.
-
-    Attributes:
-        loss: value of the loss.
-        samples: v'Hv per probe, summed over the layers.
-        layers: mean over the probes, per layer.
-    """
-
-    loss: float
-    samples: list[float]
-    layers: list[float]
-
-    @property
-    def mean(self) -> float:
-        """The trace."""
-        return math.fsum(self.samples) / len(self.samples)
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of `mean`; infinite from one probe."""
-        n, centre = len(self.samples), self.mean
-        return math.sqrt(math.fsum((s - centre) ** 2 for s in self.samples) / (n - 1) / n) if n > 1 else math.inf
-
-    def to_json(self) -> dict[str, Any]:
-        """All values; the ratio is None where the loss is 0."""
-        ratio = self.mean / self.loss if self.loss > 0 else None
-        return {"trace": self.mean, "stderr": self.stderr, "trace_over_loss": ratio, **asdict(self)}
+KINDS = ("ce", "kl_as_trained", "kl_batchmean", "kl_t1")
 
 
 @dataclass(frozen=True)
@@ -61,7 +28,13 @@ class Trace:
     is divided by the number of classes in most published code, so four are given; trace over loss has no scale. Not
     comparable between networks.
 
+    In a network of straight lines (convolutions, ReLUs, averages, sums) each weight tensor enters the logits linearly,
+    so the trace of a softmax loss depends on its probabilities only: ce and kl_t1 have the same one, whatever the
+    labels. What a difference between them could show is the mean of 0.
+
     Attributes:
+        method: gauss_newton (`probes.gauss_newton`) for such a network, else hutchinson (`probes.hutchinson`).
+        bend: what in the network is not a straight line; None for gauss_newton.
         steps: student updates at each moment; None: the end of a run without history.
         complete: whether the student at each moment is exactly that of the run, or (False) only its latent weights are.
         layers: names of the layers.
@@ -70,6 +43,8 @@ class Trace:
             and kl_t1 (temperature 1, batch mean).
     """
 
+    method: str
+    bend: str | None
     steps: list[int | None]
     complete: bool
     layers: list[str]
@@ -98,8 +73,8 @@ def trace(
 ) -> Trace:
     """Estimate the Hessian traces of a run.
 
-    Differentiating twice straight through the rounding gives the Hessian at the dequantized weights; ranges count as
-    constants. All losses and moments share the same probes, so their differences are less noisy than they are.
+    Straight through the rounding, the Hessian is that at the dequantized weights; ranges count as constants. All losses
+    and moments share the same probes, so their differences are less noisy than they are.
 
     Args:
         subject: from `open_subject`.
@@ -115,114 +90,50 @@ def trace(
     """
     shown = shown or Silent()
     places = moments_of(subject.path, moments)
-    parameters = [weight.parameter for weight in subject.weights]
-    kinds = ("ce", "kl_as_trained", "kl_batchmean", "kl_t1")
-    arms: dict[str, dict[str, list[Estimate]]] = {a.name: {kind: [] for kind in kinds} for a in subject.arms}
-    complete, done = True, 0
+    arms: dict[str, dict[str, list[Estimate]]] = {a.name: {kind: [] for kind in KINDS} for a in subject.arms}
+    complete, done, curve = True, 0, bend(subject.student)
+    estimate = _by_logits if curve is None else _by_losses
     shown.start("trace", len(places) * len(arms) * probes, 0)
     for file in places.values():
         with at_snapshot(subject, file) as tree:
             complete = complete and is_complete(tree)
             for arm in subject.arms:
-                batches: list[tuple[float, Batch]] = [
-                    (len(part.images) / len(arm.images), lambda part=part: subject.losses(part))  # type: ignore[misc]
-                    for part in arm.split(BATCH)
-                ]
-                found = hutchinson(parameters, batches, probes=probes, seed=seed, tolerance=TOLERANCE,
-                                   tick=lambda n, done=done: shown.update(done + n))  # type: ignore[misc]  # fmt: skip
+                found = estimate(subject, arm, probes, seed, lambda n, done=done: shown.update(done + n))  # type: ignore[misc]
                 done += probes
                 shown.update(done)
-                scaled = _scaled(found["kl"], subject.as_trained)
-                for kind, value in zip(kinds, (found["ce"], scaled, found["kl"], found["kl_t1"]), strict=True):
-                    arms[arm.name][kind].append(value)
-    names, sizes = [weight.name for weight in subject.weights], [parameter.numel() for parameter in parameters]
-    return Trace(list(places), complete, names, sizes, arms)
+                found["kl_batchmean"] = found.pop("kl")
+                found["kl_as_trained"] = found["kl_batchmean"].scaled(subject.as_trained)
+                for kind in KINDS:
+                    arms[arm.name][kind].append(found[kind])
+    names = [weight.name for weight in subject.weights]
+    sizes = [weight.parameter.numel() for weight in subject.weights]
+    method = "gauss_newton" if curve is None else "hutchinson"
+    return Trace(method, curve, list(places), complete, names, sizes, arms)
 
 
-def hutchinson(
-    parameters: Sequence[Tensor],
-    batches: Sequence[tuple[float, Batch]],
-    *,
-    probes: int,
-    seed: int = 0,
-    tolerance: float = 0.0,
-    tick: Callable[[int], None] | None = None,
+def _by_losses(
+    subject: Subject, arm: Arm, probes: int, seed: int, tick: Callable[[int], None]
 ) -> dict[str, Estimate]:
-    """Estimate the traces of the Hessians of several losses with the same random probes of +-1.
-
-    Args:
-        parameters: with respect to which.
-        batches: per batch its share of all samples, and what computes its losses (each a mean over the batch).
-        probes: how many, at most.
-        seed: of the probes; the i-th probe depends on nothing else.
-        tolerance: stop, at a multiple of 10 probes, when every standard error is below this share of its mean.
-        tick: called with the number of finished probes.
-
-    Returns:
-        An estimate per loss.
-
-    Raises:
-        BadInput: for less than one probe.
-
-    Example:
-        >>> w = torch.ones(3, requires_grad=True)
-        >>> found = hutchinson([w], [(1.0, lambda: {"cubes": (w**3).sum()})], probes=2)
-        >>> found["cubes"].mean, found["cubes"].stderr
-        (18.0, 0.0)
-    """
-    if probes < 1:
-        raise BadInput("--probes", expected="at least 1", got=probes, fix="20 give an error of some percent.")
-    rows: dict[str, list[Tensor]] = {}
-    results: dict[str, Estimate] = {}
-    for start in range(0, probes, CHUNK):
-        indices = range(start, min(start + CHUNK, probes))
-        loss, found = _chunk(parameters, batches, indices, seed)
-        for name, values in found.items():
-            rows.setdefault(name, []).append(values)
-            table = torch.cat(rows[name]).cpu()
-            results[name] = Estimate(loss[name], table.sum(1).tolist(), table.mean(0).tolist())
-        if tick is not None:
-            tick(indices.stop)
-        if all(result.stderr < tolerance * abs(result.mean) for result in results.values()):
-            break
-    return results
+    """The traces of any network."""
+    batches: list[tuple[float, Batch]] = [
+        (len(part.images) / len(arm.images), lambda part=part: subject.losses(part))  # type: ignore[misc]
+        for part in arm.split(BATCH)
+    ]
+    parameters = [weight.parameter for weight in subject.weights]
+    return hutchinson(parameters, batches, probes=probes, seed=seed, tolerance=TOLERANCE, tick=tick)
 
 
-def rademacher(parameters: Sequence[Tensor], seed: int, index: int) -> list[Tensor]:
-    """Signs of +-1 with the shapes of `parameters`, the same on every device."""
-    rng = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    signs = [torch.randint(2, p.shape, generator=rng, dtype=torch.int8) * 2 - 1 for p in parameters]
-    return [sign.to(p.device, p.dtype) for sign, p in zip(signs, parameters, strict=True)]
-
-
-def _chunk(
-    parameters: Sequence[Tensor], batches: Sequence[tuple[float, Batch]], indices: range, seed: int
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Loss values, and v'Hv as [probes, layers], averaged over the batches."""
-    losses: dict[str, float] = {}
-    totals: dict[str, Tensor] = {}
-    for share, batch in batches:
-        # TF32 would cost half of the digits that the second derivative needs.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for name, loss in batch().items():
-                first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-                values = torch.stack([_product(first, parameters, rademacher(parameters, seed, i)) for i in indices])
-                totals[name] = totals.get(name, 0.0) + share * values
-                losses[name] = losses.get(name, 0.0) + share * float(loss.detach())
-    return losses, totals
-
-
-def _product(first: Sequence[Tensor], parameters: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
-    """Per layer v'Hv, by differentiating gradient times v."""
-    live = [(g, v) for g, v in zip(first, signs, strict=True) if g.requires_grad]
-    if not live:  # a linear loss
-        return torch.zeros(len(parameters), dtype=torch.float64, device=parameters[0].device)
-    second = torch.autograd.grad(
-        [g for g, _ in live], parameters, [v for _, v in live], retain_graph=True, materialize_grads=True
-    )
-    return torch.stack([(h.double() * v).sum() for h, v in zip(second, signs, strict=True)])
-
-
-def _scaled(estimate: Estimate, factor: float) -> Estimate:
-    return Estimate(estimate.loss * factor, [s * factor for s in estimate.samples],
-                    [s * factor for s in estimate.layers])  # fmt: skip
+def _by_logits(
+    subject: Subject, arm: Arm, probes: int, seed: int, tick: Callable[[int], None]
+) -> dict[str, Estimate]:
+    """The same of a network of straight lines."""
+    with torch.no_grad():
+        values = {name: float(loss) for name, loss in losses_on(subject, arm).items()}
+    groups: list[Logits] = [
+        lambda part=part: subject.student(part.images)  # type: ignore[misc]
+        for part in arm.split(GROUP)
+    ]
+    temperatures = {"ce": 1.0, "kl": subject.temperature, "kl_t1": 1.0}
+    parameters = [weight.parameter for weight in subject.weights]
+    return gauss_newton(parameters, groups, temperatures, values, probes=probes, seed=seed, tolerance=TOLERANCE,
+                        tick=tick)  # fmt: skip
