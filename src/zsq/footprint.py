@@ -26,6 +26,39 @@ _STUDENT_MAPS = 3  # maps a quantized layer keeps for each one its float layer k
 _SLACK = 1.25  # work space of the kernels, gradients of the maps, fragmentation
 
 
+class StepCost(NamedTuple):
+    """What a training step costs.
+
+    Attributes:
+        what: "generator" or "student".
+        macs: multiply-accumulates of one forward, per image.
+        parameters: number of parameters.
+        fixed: bytes whatever the batch: parameters, gradients, what the optimizer keeps.
+        each: bytes per image.
+        images: per step, or per part of a step.
+    """
+
+    what: str
+    macs: int
+    parameters: int
+    fixed: int
+    each: int
+    images: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes that a step takes."""
+        return round(_SLACK * (self.fixed + self.each * self.images))
+
+    @property
+    def subject(self) -> str:
+        """What it is the cost of, in words."""
+        return f"a {self.what} of {self.parameters / 1e6:.1f} M parameters, {self.macs / 1e9:.2f} GMAC per image"
+
+    def __str__(self) -> str:
+        return f"{self.subject}; a step on {self.images} images takes about {self.needed / 2**30:.1f} GiB"
+
+
 class Footprint(NamedTuple):
     """Cost of one forward with gradients.
 
@@ -77,8 +110,8 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def require_generator_memory(
-    teacher: Teacher, build: Callable[[], nn.Module], latents: LatentSampler, *, batch: int
-) -> str:
+    teacher: Teacher, build: Callable[[], nn.Module], latents: LatentSampler, *, batch: int, instead: str = ""
+) -> StepCost:
     """Refuse a generator step that will not fit.
 
     Args:
@@ -86,12 +119,13 @@ def require_generator_memory(
         build: makes the generator; called on the meta device, where it takes no memory.
         latents: what it is fed with.
         batch: images per step.
+        instead: what makes the generator itself smaller, for the message; empty if nothing does.
 
     Returns:
-        What a step costs, in words.
+        What a step costs.
 
     Raises:
-        BadInput: naming ``--batch``, if less memory is available than the step needs.
+        BadInput: naming ``--batch`` or `instead`, if less memory is available than the step needs.
     """
     inputs, _ = latents(2, torch.Generator())
     half = [(x.bfloat16() if x.is_floating_point() else x).to("meta") for x in inputs]
@@ -99,28 +133,34 @@ def require_generator_memory(
         generator = build().bfloat16()  # as the step runs it
     made = footprint(generator, *half)
     each = made.kept + _teacher(teacher, precision="bf16").kept
-    what = f"a generator of {made.parameters / 1e6:.1f} M parameters, {made.macs / 1e9:.2f} GMAC per image"
-    needed = _require(teacher, what, fixed=_GENERATOR * made.parameters, each=each, images=batch, option="--batch")
-    return f"{what}; a step on {batch} images takes about {needed / 2**30:.1f} GiB"
+    cost = StepCost("generator", made.macs, made.parameters, _GENERATOR * made.parameters, each, batch)
+    return _require(teacher, cost, option="--batch", least=2, instead=instead)  # it normalises over its batch
 
 
-def require_student_memory(teacher: Teacher, *, batch: int, micro_batch: int | None) -> None:
+def require_student_memory(
+    teacher: Teacher, *, batch: int, micro_batch: int | None, beside: object = None
+) -> StepCost:
     """Refuse a student step that will not fit.
 
     Args:
         teacher: what the student is a copy of.
         batch: images per step.
         micro_batch: images per part of a step, if it is split.
+        beside: the source of the images; what its own steps keep counts too, if it knows (`cost`).
+
+    Returns:
+        What a step costs.
 
     Raises:
         BadInput: naming ``--micro-batch``, if less memory is available than the step needs.
     """
-    float_net = _teacher(teacher, precision="float32")
-    what = f"a student of {float_net.parameters / 1e6:.1f} M parameters, {float_net.macs / 1e9:.2f} GMAC per image"
-    _require(
-        teacher, what, fixed=_STUDENT * float_net.parameters, each=_STUDENT_MAPS * float_net.kept,
-        images=min(batch, micro_batch or batch), option="--micro-batch",
-    )  # fmt: skip
+    net = _teacher(teacher, precision="float32")
+    made: StepCost | None = getattr(beside, "cost", None)
+    # Its weights are there already; gradients and moments come with its first step.
+    kept = 0 if made is None else made.fixed - 4 * made.parameters
+    cost = StepCost("student", net.macs, net.parameters, _STUDENT * net.parameters, _STUDENT_MAPS * net.kept,
+                    min(batch, micro_batch or batch))  # fmt: skip
+    return _require(teacher, cost, option="--micro-batch", least=1, kept=kept)
 
 
 def _teacher(teacher: Teacher, *, precision: str) -> Footprint:
@@ -130,16 +170,18 @@ def _teacher(teacher: Teacher, *, precision: str) -> Footprint:
         return footprint(teacher.net, images)
 
 
-def _require(teacher: Teacher, what: str, *, fixed: int, each: int, images: int, option: str) -> int:
-    """Bytes needed, if that many are there."""
+def _require(
+    teacher: Teacher, cost: StepCost, *, option: str, least: int, instead: str = "", kept: int = 0
+) -> StepCost:
+    """The cost, if there is memory for it."""
     free = available_memory(teacher.device)
-    needed = round(_SLACK * (fixed + each * images))
-    if free is None or needed <= free:
-        return needed
-    room = math.floor((free / _SLACK - fixed) / max(each, 1))
-    least = 2 if option == "--batch" else 1  # a generator normalises over its batch
+    if free is None or cost.needed + kept <= free:
+        return cost
+    room = math.floor(((free - kept) / _SLACK - cost.fixed) / max(cost.each, 1))
+    none = f"{instead}, free memory" if instead else "Free memory"
     raise BadInput(
-        f"{option} {images}", expected=f"a step that fits into {free / 2**30:.1f} GiB, what {teacher.device} has left",
-        got=f"about {needed / 2**30:.1f} GiB for {what}",
-        fix=f"Use {option} {room} or less." if room >= least else "Free memory, or use another device: no batch fits.",
-    )  # fmt: skip
+        f"{option} {cost.images}",
+        expected=f"a step that fits into {free / 2**30:.1f} GiB, what {teacher.device} has left",
+        got=f"about {(cost.needed + kept) / 2**30:.1f} GiB for {cost.subject}",
+        fix=f"Use {option} {room} or less." if room >= least else f"{none}, or use another device: no batch fits.",
+    )

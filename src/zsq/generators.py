@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zsq.errors import BadInput
 
+LATENT = 100  # length of GDFQ's latent vector
 _LARGEST_EMBEDDED = 64  # pixels; above it GDFQ conditions through the BatchNorms instead of the latent
 # Published value of both hidden BatchNorms: an argument slip in the original, but it changes the function.
 HIDDEN_EPS = 0.8
@@ -124,7 +125,7 @@ class ConditionalGenerator(nn.Module):
         self,
         classes: int,
         image: tuple[int, int, int],
-        latent: int = 100,
+        latent: int = LATENT,
         *,
         conditional: bool | None = None,
         rng: torch.Generator | None = None,

@@ -101,9 +101,9 @@ def feed(
     """
     if images is None:
         made = make()
-        about = getattr(made, "about", "")
-        if say is not None and about:
-            say(about)
+        cost = getattr(made, "cost", None)
+        if say is not None and cost is not None:
+            say(str(cost))
         return made
     if batch < 1:
         raise BadInput("--batch", expected="at least 1 image", got=batch, fix="Choose a larger batch.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ from torch import nn
 from tiny import tiny_teacher
 from zsq import footprint as costs
 from zsq.errors import BadInput
-from zsq.footprint import available_memory, footprint
-from zsq.recipes import ait, autorecon, qimera
+from zsq.footprint import StepCost, available_memory, footprint, require_student_memory
+from zsq.recipes import ait, autorecon, gdfq, qimera
 from zsq.run import Run
+from zsq.sources.pool import PoolSource
 
 
 def test_counts_by_hand() -> None:
@@ -31,7 +34,7 @@ def test_memory_of_this_machine() -> None:
     assert free is None or free > 2**20
 
 
-@pytest.mark.parametrize("recipe", [qimera, autorecon])
+@pytest.mark.parametrize("recipe", [gdfq, qimera, autorecon])
 def test_what_does_not_fit_is_refused_before_it_starts(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(free: int | None, **options: Any) -> None:
         monkeypatch.setattr(costs, "available_memory", lambda device: free)
@@ -40,24 +43,47 @@ def test_what_does_not_fit_is_refused_before_it_starts(recipe: Any, monkeypatch:
 
     run(None)
     run(200 * 2**20)
-    with pytest.raises(BadInput, match=r"--micro-batch 100000: .* GiB for a student .* or less"):
+    with pytest.raises(BadInput, match=r"--batch 100000: .* GiB for a generator of .* Use --batch \d+ or less"):
         run(200 * 2**20, batch=100_000)
-    with pytest.raises(BadInput, match=r"--batch 100000: .* a generator of .* Use --batch \d+ or less"):
-        run(200 * 2**20, batch=100_000, micro_batch=4)
+    pool = PoolSource(torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64), name="zeros")
+    with pytest.raises(BadInput, match=r"--micro-batch 100000: .* for a student of .* Use --micro-batch \d+ or less"):
+        run(200 * 2**20, batch=100_000, images=pool)
     with pytest.raises(BadInput, match="no batch fits"):
         run(2**20)
 
 
-@pytest.mark.parametrize("base", ["qimera", "autorecon"])
+@pytest.mark.parametrize("base", ["gdfq", "qimera", "autorecon"])
 def test_as_a_base_too(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "available_memory", lambda device: 2**20)
     with Run(None, progress=False) as run, pytest.raises(BadInput, match="--batch"):
         ait(tiny_teacher(), run, base=base, steps=1, warmup=1, batch=4)
 
 
-def test_the_cost_is_said_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_generator_that_could_be_smaller_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "available_memory", lambda device: 2**20)
+    with Run(None, progress=False) as run, pytest.raises(BadInput, match="Use --disentangle, free memory, or use"):
+        qimera(tiny_teacher(), run, steps=1, warmup=1, batch=4, disentangle=False)
+    with Run(None, progress=False) as run, pytest.raises(BadInput, match=r"\. Free memory, or use another device"):
+        qimera(tiny_teacher(), run, steps=1, warmup=1, batch=4, disentangle=True)
+
+
+def test_a_student_beside_a_generator_counts_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_teacher()
+    source = SimpleNamespace(cost=StepCost("generator", 0, 10**6, 18 * 10**6, 0, 1))
+    alone = require_student_memory(teacher, batch=4, micro_batch=None)
+    assert alone.images == 4 and require_student_memory(teacher, batch=4, micro_batch=3).images == 3
+    monkeypatch.setattr(costs, "available_memory", lambda device: alone.needed + 13 * 10**6)
+    assert require_student_memory(teacher, batch=4, micro_batch=None) == alone
+    with pytest.raises(BadInput, match="for a student"):  # 14 of its 18 bytes per parameter are still to come
+        require_student_memory(teacher, batch=4, micro_batch=None, beside=source)
+
+
+@pytest.mark.parametrize("recipe", [gdfq, qimera, autorecon, ait])
+def test_the_cost_is_said_before_the_first_step(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with Run(None) as run:
-        autorecon(tiny_teacher(), run, steps=1, warmup=1, batch=4)
-    said = capsys.readouterr().err
-    assert "GMAC per image; a step on 4 images takes about" in said
-    assert said.index("GMAC") < said.index("calibrate")
+        recipe(tiny_teacher(), run, steps=1, warmup=1, batch=4)
+    said = " ".join(capsys.readouterr().err.split())
+    for what in ("generator", "student"):
+        words = rf"a {what} of [\d.]+ M parameters, [\d.]+ GMAC per image; a step on 4 images takes about"
+        cost = re.search(words, said)
+        assert cost is not None and cost.start() < said.index("calibrate")

@@ -16,6 +16,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from zsq.fit import calibrate, fit
+from zsq.footprint import require_student_memory
 from zsq.insert import QuantSpec, codes_and_latents, quantize, quantized_weights
 from zsq.inundation import GradientInundation
 from zsq.presets import RANGES, Outcome, choose, feed, generator_budget, settle, student_milestones
@@ -130,6 +131,7 @@ def ait(
         fidelity=fidelity,
     )  # fmt: skip
     batches = feed(images, make, batch=plan.batch, say=run.note)
+    run.note(str(require_student_memory(teacher, batch=plan.batch, micro_batch=micro_batch, beside=batches)))
 
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 

@@ -56,13 +56,13 @@ def source(
     chosen = architecture or choose_architecture(teacher.name, teacher.classes, teacher.image)
     build = partial(SearchedGenerator, chosen, teacher.classes, teacher.image)
     latents = gaussian_latents(SearchedGenerator.latent, teacher.classes)
-    about = require_generator_memory(teacher, build, latents, batch=batch)
+    cost = require_generator_memory(teacher, build, latents, batch=batch)
 
     def generator_loss(t: View, batch: Batch) -> dict[str, Tensor]:
         return {"g_ce": losses.cross_entropy(t.logits, batch.labels), "g_bns": bn_weight * losses.bn_gap(t.norms)}
 
     return GeneratorSource(teacher, build(), generator_loss, name="autorecon", batch=batch, lr=lr, milestones=milestones,
-                           latents=latents, about=about)  # fmt: skip
+                           latents=latents, cost=cost)  # fmt: skip
 
 
 def autorecon(
@@ -134,7 +134,6 @@ def autorecon(
     )  # fmt: skip
     later = student_milestones(plan.steps, teacher.image)
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LiveMinMax, act=RANGES[plan.ranges]))
-    require_student_memory(teacher, batch=plan.batch, micro_batch=micro_batch)
     make = partial(
         source,
         teacher,
@@ -143,6 +142,7 @@ def autorecon(
         architecture=plan.architecture,
     )
     batches = feed(images, make, batch=plan.batch, say=run.note)
+    run.note(str(require_student_memory(teacher, batch=plan.batch, micro_batch=micro_batch, beside=batches)))
 
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 

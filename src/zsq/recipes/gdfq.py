@@ -16,13 +16,14 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from zsq import losses
 from zsq.fit import calibrate, fit
-from zsq.generators import ConditionalGenerator
+from zsq.footprint import require_generator_memory, require_student_memory
+from zsq.generators import LATENT, ConditionalGenerator
 from zsq.insert import QuantSpec, codes_and_latents, quantize
 from zsq.presets import RANGES, Outcome, choose, feed, generator_budget, settle, student_milestones
 from zsq.quantizer import LiveMinMax
 from zsq.run import Run
 from zsq.sources.base import Batch, Source, require_image_labels
-from zsq.sources.generator import GeneratorSource
+from zsq.sources.generator import GeneratorSource, gaussian_latents
 from zsq.teachers import Teacher
 from zsq.view import View
 
@@ -51,12 +52,15 @@ def source(
         lr: of Adam, betas (0.5, 0.999).
     """
     require_image_labels(teacher, "gdfq")
+    build = partial(ConditionalGenerator, teacher.classes, teacher.image)
+    latents = gaussian_latents(LATENT, teacher.classes)
+    cost = require_generator_memory(teacher, build, latents, batch=batch)
 
     def generator_loss(t: View, batch: Batch) -> dict[str, Tensor]:
         return {"g_ce": losses.cross_entropy(t.logits, batch.labels), "g_bns": bn_weight * losses.bn_gap(t.norms)}
 
-    net = ConditionalGenerator(teacher.classes, teacher.image)
-    return GeneratorSource(teacher, net, generator_loss, name="gdfq", batch=batch, lr=lr, milestones=milestones)
+    return GeneratorSource(teacher, build(), generator_loss, name="gdfq", batch=batch, lr=lr, milestones=milestones,
+                           latents=latents, cost=cost)  # fmt: skip
 
 
 def gdfq(
@@ -124,7 +128,8 @@ def gdfq(
     later = student_milestones(plan.steps, teacher.image)
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LiveMinMax, act=RANGES[plan.ranges]))
     make = partial(source, teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later))
-    batches = feed(images, make, batch=plan.batch)
+    batches = feed(images, make, batch=plan.batch, say=run.note)
+    run.note(str(require_student_memory(teacher, batch=plan.batch, micro_batch=micro_batch, beside=batches)))
 
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 

@@ -73,13 +73,14 @@ def source(
         disentangle=net.disentangle, statistics=net.statistics, mixing=net.mixing,
     )  # fmt: skip
     latents = superposed_latents(features, teacher.classes, superposed=net.superposed, slots=net.slots)
-    about = require_generator_memory(teacher, build, latents, batch=batch)
+    smaller = "" if net.disentangle else "Use --disentangle"
+    cost = require_generator_memory(teacher, build, latents, batch=batch, instead=smaller)
 
     def generator_loss(t: View, batch: Batch) -> dict[str, Tensor]:
         return {"g_ce": losses.cross_entropy(t.logits, batch.labels), "g_bns": bn_weight * losses.bn_gap(t.norms)}
 
     return GeneratorSource(teacher, build(embedding=start), generator_loss, name="qimera", batch=batch, lr=lr,
-                           milestones=milestones, latents=latents, about=about)  # fmt: skip
+                           milestones=milestones, latents=latents, cost=cost)  # fmt: skip
 
 
 def qimera(
@@ -159,12 +160,12 @@ def qimera(
     )  # fmt: skip
     later = student_milestones(plan.steps, teacher.image)
     student, report = quantize(teacher.net, replace(spec, weight=LiveMinMax, act=RANGES[plan.ranges]))
-    require_student_memory(teacher, batch=plan.batch, micro_batch=micro_batch)
     make = partial(
         source, teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later), fidelity=fidelity,
         superposed=plan.superposed, slots=plan.slots, embedding=plan.embedding, disentangle=plan.disentangle,
     )  # fmt: skip
     batches = feed(images, make, batch=plan.batch, say=run.note)
+    run.note(str(require_student_memory(teacher, batch=plan.batch, micro_batch=micro_batch, beside=batches)))
 
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=plan.observe_last)
 

@@ -14,6 +14,7 @@ from zsq.sources.base import Batch
 from zsq.view import View, frozen, look
 
 if TYPE_CHECKING:
+    from zsq.footprint import StepCost
     from zsq.teachers import Teacher
 
 Loss = Callable[[View, Batch], Mapping[str, Tensor]]
@@ -108,7 +109,7 @@ class GeneratorSource:
         precision: ``"bf16"`` or ``"float32"``.
         latents: draws what the generator is fed with; None for Gaussian z of length ``generator.latent`` (100 if it has
             none) and uniform labels.
-        about: what a step costs, in words; recipes show it before they start.
+        cost: of a step, if it is known; recipes show it before they start.
 
     Raises:
         BadInput: batch below 2 (a generator normalises over its batch), or an unknown precision.
@@ -130,11 +131,11 @@ class GeneratorSource:
         decay: float = 0.1,
         precision: Literal["bf16", "float32"] = "bf16",
         latents: LatentSampler | None = None,
-        about: str = "",
+        cost: StepCost | None = None,
     ) -> None:
         if batch < 2:
             raise BadInput("--batch", expected="at least 2 images", got=batch, fix="Choose a larger batch.")
-        self.name, self.batch, self.about = name, batch, about
+        self.name, self.batch, self.cost = name, batch, cost
         self.metrics: dict[str, Tensor] = {}
         self.device = next(teacher.net.parameters()).device
         autocast(self.device, precision)
