@@ -254,6 +254,7 @@ def listing(what: Literal["recipes", "teachers", "data"], *, json: bool = False)
 def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, output: Path | None = None,
           teacher: str | None = None, budget: Literal["quick", "standard", "paper"] | None = None,
           reuse: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative=())] = None,
+          only: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
           json: bool = False) -> None:  # fmt: skip
     """Run a matrix of teachers, methods, bits and seeds, and print one table.
 
@@ -265,6 +266,7 @@ def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, outpu
         teacher: in place of the file's teachers.
         budget: in place of the file's.
         reuse: result files to take finished cells over from, where they would be the same run again.
+        only: patterns of cells (named as their run directories), e.g. "*GDFQ*W3A3-s0"; the others are left out.
         json: print one JSON object instead of a table.
     """
     from zsq import bench as benchmark
@@ -275,7 +277,7 @@ def bench(matrix: Path, *, runs: Path = Path("runs/bench"), jobs: int = 1, outpu
     say = Console(stderr=True, highlight=False)
     result = benchmark.run_matrix(
         matrix, runs=runs, jobs=jobs, report=lambda line: say.print(line, markup=False), teacher=teacher, budget=budget,
-        reuse=reuse or [], figures=None if output is None else output.with_suffix(""),
+        reuse=reuse or [], only=only, figures=None if output is None else output.with_suffix(""),
     )  # fmt: skip
     if output is not None:
         write_json_atomic(output, result)

@@ -174,6 +174,36 @@ def test_groups_of_images_are_unbiased_and_small_ones_less_noisy() -> None:
     assert spread[1] < spread[0] / 1.5
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_published_kl_is_small_because_of_its_mean_over_classes(classes: int) -> None:
+    """The scale trap: at T = 20 the averaged KL is nearly (z - t) / C^2, and C times flatter than the batch mean."""
+    z = torch.randn(4, classes, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(4, classes, dtype=torch.float64)
+    (found,) = torch.autograd.grad(losses.kl(z, target, temperature=20.0), z)
+    soft = (z.detach() / 20).softmax(1) - (target / 20).softmax(1)
+    assert torch.allclose(found, 20 / (4 * classes) * soft, rtol=1e-9)
+    gap = z.detach() - target
+    near = (gap - gap.mean(1, keepdim=True)) / (4 * classes**2)
+    assert float((found - near).norm() / near.norm()) < 0.15
+
+
+def test_curvature_of_confident_logits() -> None:
+    """100 classes, margin 10: T = 20 is more curved than cross entropy, and the published mean hides it."""
+    z = torch.zeros(1, 100, dtype=torch.float64)
+    z[0, 0] = 10
+    target, label = z + torch.randn_like(z), torch.tensor([0])
+
+    def curvature(loss_of: Callable[[Tensor], Tensor]) -> float:
+        hessian: Tensor = torch.autograd.functional.hessian(loss_of, z)
+        return float(hessian.reshape(100, 100).trace())
+
+    hot = curvature(lambda x: losses.kl(x, target, temperature=20.0, reduction="batchmean"))
+    published = curvature(lambda x: losses.kl(x, target, temperature=20.0))
+    plain = curvature(lambda x: losses.kl(x, target, temperature=1.0, reduction="batchmean"))
+    assert (hot, published) == (pytest.approx(0.99, abs=0.001), pytest.approx(0.0099, abs=1e-5))
+    assert curvature(lambda x: F.cross_entropy(x, label)) == pytest.approx(plain, rel=1e-9) and plain < 0.07
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

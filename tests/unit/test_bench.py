@@ -421,3 +421,24 @@ def test_two_real_cells(zsq: Command, tmp_path: Path) -> None:
     assert Path("runs/bench/digits-off-W4A4-s0/student.safetensors").exists()
     again = zsq("bench", "tiny.toml", "--json", "--jobs", 2)
     assert json.loads(again.out)["cells"] == result["cells"]
+
+
+def test_only_some_cells(matrix: Path, runs: FakeRuns, tmp_path: Path, zsq: Command) -> None:
+    result = run_matrix(matrix, runs=tmp_path / "runs", only=["digits-KL---GI-W4A4-*", "*-W3A8-s2"])
+    names = [command[command.index("--run") + 1].rpartition("/")[2] for command in runs.commands]
+    assert names == ["digits-KL---GI-W4A4-s0", "digits-KL---GI-W4A4-s1", "digits-KL-W3A8-s2",
+                     "nets-mine.py:net-KL-W3A8-s2"]  # fmt: skip
+    assert len(result["cells"]) == 4 and "analysis" not in result
+    said = zsq("bench", matrix, "--only", "*-s9")
+    assert said.code == 2 and "--only: expected patterns of cells, got '*-s9', which matches none" in said.err
+    assert "named like digits-KL---GI-W4A4-s0" in " ".join(said.err.split())
+
+
+def test_instruments_look_at_what_is_left(matrix: Path, runs: FakeRuns, tmp_path: Path, monkeypatch: Any) -> None:
+    matrix.write_text(matrix.read_text().replace("[options]", '[analysis]\nwhat = ["flips"]\n\n[options]', 1))
+    seen: list[Any] = []
+    monkeypatch.setattr("zsq.bench.study.study", lambda look, *rest: seen.append(look))
+    run_matrix(matrix, runs=tmp_path / "runs", only=["digits-KL-*"])
+    assert [cell.name for cell in seen[0].cells] == ["digits-KL---GI-W4A4-s0", "digits-KL---GI-W4A4-s1",
+                                                     "digits-KL---GI-W3A8-s0", "digits-KL---GI-W3A8-s1",
+                                                     "digits-KL-W3A8-s2"]  # fmt: skip

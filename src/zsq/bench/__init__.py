@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from zsq.bench.matrix import Cell, read_look, read_matrix
+from zsq.bench.matrix import Cell, read_look, read_matrix, select
 from zsq.checkpoint import write_json_atomic
 from zsq.errors import BadInput, RunFailed
 
@@ -88,6 +88,7 @@ def run_matrix(
     teacher: str | None = None,
     budget: str | None = None,
     reuse: Sequence[Path] = (),
+    only: Sequence[str] | None = None,
     figures: Path | None = None,
 ) -> dict[str, Any]:
     """Make every cell of a matrix and summarise.
@@ -101,6 +102,7 @@ def run_matrix(
         budget: in place of the file's shared one.
         reuse: result files to take finished cells over from, if they would be the same run again. A cell that the file
             asks the instruments for is made here all the same: they need its run directory.
+        only: patterns of cells' names; the others are left out. None: all cells.
         figures: beginning of the names of the files that the file's ``[analysis]`` becomes; runs/MATRIX if not given.
 
     Returns:
@@ -115,6 +117,9 @@ def run_matrix(
         raise BadInput("--jobs", expected="1 or more", got=jobs, fix="Give how many cells run side by side.")
     cells, shared = read_matrix(path, teacher=teacher, budget=budget)
     look = read_look(path, cells)
+    if only is not None:
+        cells = select(cells, only)
+        look = look._replace(cells=[cell for cell in look.cells if cell in cells])
     results = _taken(cells, shared, reuse, look.cells)
     failures: list[str] = []
     pool = ThreadPoolExecutor(jobs)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,6 +134,23 @@ def read_matrix(
         raise BadInput(str(path), expected="a labelled set for every cell", got=f"none for {blind[0]}",
                        fix='Write eval = "DATA" under [options].')  # fmt: skip
     return cells, shared
+
+
+def select(cells: list[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells whose names match one of some patterns.
+
+    Args:
+        cells: of a matrix.
+        only: patterns with ``*`` and ``?``.
+
+    Raises:
+        BadInput: for a pattern that matches none.
+    """
+    for pattern in only:
+        if not any(fnmatchcase(cell.name, pattern) for cell in cells):
+            raise BadInput("--only", expected="patterns of cells", got=f"{pattern!r}, which matches none",
+                           fix=f"Cells are named like {cells[0].name}.")  # fmt: skip
+    return [cell for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in only)]
 
 
 def read_look(path: Path, cells: list[Cell]) -> Look:
