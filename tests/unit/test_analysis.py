@@ -87,6 +87,19 @@ def test_without_matplotlib(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not (run_copy / "analysis").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["shapes-segment", "shapes-detect"])
+def test_networks_that_answer_per_position(zsq: Command, teacher: str) -> None:
+    made = zsq("quantize", teacher, "--recipe", "zaq", "--steps", "2", "--warmup", "1", "--batch", "2", "--run", "run")
+    assert made.code == 0, made.err
+    said = zsq("analyse", "run", "--json", "--count", "2", "--probes", "2", "--points", "3")
+    assert said.code == 0, said.err
+    trace, curves = (json.loads(Path(f"run/analysis/{name}.json").read_text()) for name in ("trace", "cosine"))
+    values = trace["arms"]["synthetic images"]
+    assert trace["method"] == "gauss_newton" and 0 < values["kl_t1"][-1]["trace"] < float("inf")
+    assert [curve["labels"] for curve in curves["curves"]] == ["teacher's labels"] * 2
+
+
 def test_a_figure_needs_its_file_only(tmp_path: Path) -> None:
     layer = {"own_grid": [0.0], "fixed_grid": [0.1], "moved_zeros": [0.0], "size": 10}
     figures.draw({"instrument": "flips", "run": "x", "steps": [0, 5], "layers": [layer]}, tmp_path / "flips.png")

@@ -49,6 +49,13 @@ def test_logit_cosine_is_that_of_the_gradients(temperature: float) -> None:
     assert logit_cosine(target, target, labels, temperature) is None
 
 
+def test_positions_count_like_images() -> None:
+    logits, target = torch.randn(2, 5, 5, 5), torch.randn(2, 5, 5, 5)
+    labels = torch.randint(5, (2, 5, 5))
+    rows = [x.movedim(1, -1).reshape(-1, 5) for x in (logits, target)]
+    assert logit_cosine(logits, target, labels, 20.0) == pytest.approx(logit_cosine(*rows, labels.flatten(), 20.0))
+
+
 def test_the_student_of_a_snapshot(finished_run: Path) -> None:
     subject = open_subject(finished_run, count=4)
     files = list(history_files(finished_run).values())

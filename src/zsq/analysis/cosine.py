@@ -127,19 +127,19 @@ def gradient_cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[
 
 
 def logit_cosine(logits: Tensor, target: Tensor, labels: Tensor, temperature: float) -> float | None:
-    """Mean over images of the cosine between the gradients of CE and KL with respect to the logits.
+    """Mean over images (and positions) of the cosine between the gradients of CE and KL with respect to the logits.
 
     Args:
-        logits: of the student, [b, k].
-        target: logits of the teacher, [b, k].
-        labels: class numbers [b] or soft targets [b, k].
+        logits: of the student, [b, k, ...].
+        target: logits of the teacher, [b, k, ...].
+        labels: class numbers [b, ...] or soft targets [b, k, ...].
         temperature: of the KL.
 
     Returns:
         softmax(z) - y against softmax(z/T) - softmax(t/T); None if one of them is zero for every image.
     """
     logits, target = logits.detach().double(), target.double()
-    wanted = F.one_hot(labels, logits.shape[1]) if labels.dtype == torch.int64 else labels
+    wanted = F.one_hot(labels, logits.shape[1]).movedim(-1, 1) if labels.dtype == torch.int64 else labels
     ce = logits.softmax(1) - wanted
     kl = (logits / temperature).softmax(1) - (target / temperature).softmax(1)
     norms = ce.norm(dim=1) * kl.norm(dim=1)
@@ -166,7 +166,7 @@ def _moment(subject: Subject, arm: Arm, temperatures: list[float], batch: int) -
     cosines: dict[tuple[str, float], list[Any]] = {key: [] for key in keys}
     on_logits: dict[tuple[str, float], list[float | None]] = {key: [] for key in keys}
     for part in arm.split(batch):
-        logits = subject.student(part.images)
+        logits = subject.logits(part.images)
 
         def gradient(loss: Tensor) -> tuple[Tensor, ...]:
             return torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)

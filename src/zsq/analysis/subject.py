@@ -17,6 +17,7 @@ from zsq.data import load_images
 from zsq.errors import BadInput
 from zsq.finished import open_run
 from zsq.insert.access import QuantizedWeight, freeze_ranges, quantized_weights
+from zsq.tasks import Task
 from zsq.teachers import Teacher
 
 CHUNK = 256  # images per forward without gradients
@@ -31,7 +32,7 @@ class Arm:
     Attributes:
         name: what they are.
         images: shape [n, c, h, w], on the student's device.
-        target: the teacher's logits on them, detached.
+        target: the teacher's logits on them, detached, [n, k] or [n, k, ...positions].
         labels: kind of label -> labels; the first kind is the one that counts.
     """
 
@@ -59,6 +60,7 @@ class Subject:
     Attributes:
         path: the run directory.
         student: as it ended, ranges frozen.
+        outputs: what its raw output means.
         weights: its quantized weights.
         arms: the run's synthetic images first; then real ones, if asked for.
         temperature: of the run's KL term; 20 if the run had none.
@@ -68,6 +70,7 @@ class Subject:
 
     path: Path
     student: nn.Module
+    outputs: Task
     weights: list[QuantizedWeight]
     arms: list[Arm]
     temperature: float
@@ -81,6 +84,10 @@ class Subject:
             "images": {arm.name: {"count": len(arm.images), "labels": list(arm.labels)} for arm in self.arms},
         }
 
+    def logits(self, images: Tensor) -> Tensor:
+        """The student's logits over the classes, [n, k] or [n, k, ...positions]: of a detector, its class channels."""
+        return class_logits(self.student(images), self.outputs)
+
     def losses(self, arm: Arm) -> dict[str, Tensor]:
         """Cross entropy and the two batch-mean KLs of the student on an arm, from one forward.
 
@@ -88,7 +95,7 @@ class Subject:
             ``ce``, ``kl`` (temperature of the run) and ``kl_t1`` (temperature 1); multiply ``kl`` by `as_trained` for
             the term the run was trained with.
         """
-        logits = self.student(arm.images)
+        logits = self.logits(arm.images)
         return {
             "ce": losses.cross_entropy(logits, arm.main_labels),
             "kl": losses.kl(logits, arm.target, temperature=self.temperature, reduction="batchmean"),
@@ -126,9 +133,21 @@ def open_subject(
         as_trained /= teacher.classes
     with torch.no_grad():
         student(arms[0].images[:1])
-    return Subject(
-        path, student, quantized_weights(student), arms, float(plan.get("temperature") or 20.0), as_trained
-    )  # fmt: skip
+    temperature = float(plan.get("temperature") or 20.0)
+    return Subject(path, student, teacher.outputs, quantized_weights(student), arms, temperature, as_trained)
+
+
+def class_logits(raw: Tensor, outputs: Task) -> Tensor:
+    """The channels of a raw output that say which class.
+
+    Raises:
+        BadInput: if there are none.
+    """
+    parts = outputs.parts(raw)
+    if "class" not in parts:
+        raise BadInput("zsq analyse", expected="a network that gives logits over classes",
+                       got=f"only {', '.join(parts)}", fix="Its losses are those of classes.")  # fmt: skip
+    return parts["class"]
 
 
 def losses_on(subject: Subject, arm: Arm) -> dict[str, Tensor]:
@@ -148,12 +167,17 @@ def make_arm(name: str, images: Tensor, teacher: Teacher, made: Tensor | None) -
         images: normalised as the teacher expects.
         teacher: gives target and labels.
         made: labels the images were made for, or None.
+
+    Raises:
+        BadInput: if the teacher gives no logits over classes.
     """
     images = images.to(teacher.device)
     with torch.no_grad():
-        target = torch.cat([teacher.net(part) for part in images.split(CHUNK)])
+        target = torch.cat([class_logits(teacher.net(part), teacher.outputs) for part in images.split(CHUNK)])
     told = {TOLD: target.argmax(1)}
-    return Arm(name, images, target, told if made is None else {ASKED: made.to(images.device), **told})
+    # A class that a whole image was made for is no label of its positions.
+    asked = {} if made is None or target.dim() > 2 else {ASKED: made.to(images.device)}
+    return Arm(name, images, target, asked | told)
 
 
 def history_files(path: Path) -> dict[int, Path]:

@@ -130,7 +130,7 @@ def _by_logits(
     with torch.no_grad():
         values = {name: float(loss) for name, loss in losses_on(subject, arm).items()}
     groups: list[Logits] = [
-        lambda part=part: subject.student(part.images)  # type: ignore[misc]
+        lambda part=part: subject.logits(part.images)  # type: ignore[misc]
         for part in arm.split(GROUP)
     ]
     temperatures = {"ce": 1.0, "kl": subject.temperature, "kl_t1": 1.0}
