@@ -5,6 +5,7 @@
 Generators of GDFQ, Qimera and AutoReCon for ResNet-18, ResNet-50 and MobileNetV2 shapes, and the students of these
 networks, at 224 pixels. Each cell is a process of its own; what is measured is the highest resident memory during two
 steps (the optimizer's moments exist from the second on) above what was resident before the source or student was made.
+The batch is the published one.
 """
 
 from __future__ import annotations
@@ -43,10 +44,9 @@ def cells() -> list[dict[str, Any]]:
     """Everything to measure; the largest generators of all are forecast only."""
     found: list[dict[str, Any]] = []
     for net in imagenet_shapes.PARAMETERS:
-        found += [{"net": net, "of": source, "options": {}, "batch": batch} for source in SOURCES for batch in (2, 6)]
-        batches = (2, 6) if net == "resnet18" else (0,)
-        found += [{"net": net, "of": "qimera", "options": {"disentangle": False}, "batch": batch} for batch in batches]
-        found += [{"net": net, "of": "student", "options": {}, "batch": batch} for batch in (2, 6)]
+        found += [{"net": net, "of": of, "options": {}, "batch": PUBLISHED} for of in (*SOURCES, "student")]
+        batch = PUBLISHED if net == "resnet18" else 0
+        found.append({"net": net, "of": "qimera", "options": {"disentangle": False}, "batch": batch})
     return found
 
 
@@ -72,10 +72,10 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         for _ in range(2):
             source.draw(rng)
     taken = (_highest() - before) / GIB if batch else None
-    return cell | facts(cost) | {
-        "forecast": cost._replace(images=batch).needed / GIB if batch else None,
-        "measured": taken,
-        "seconds": time.perf_counter() - begun,
+    cost = cost._replace(images=PUBLISHED)
+    return cell | {
+        "macs": cost.macs, "parameters": cost.parameters, "fixed": cost.fixed, "gradients": cost.gradients,
+        "each": cost.each, "forecast": cost.needed / GIB, "measured": taken, "seconds": time.perf_counter() - begun,
     }  # fmt: skip
 
 
@@ -87,26 +87,21 @@ def whole_embedding(teacher: Teacher) -> StepCost:
     return require_generator_memory(teacher, build, latents, batch=2)
 
 
-def facts(cost: StepCost) -> dict[str, Any]:
-    """What is known before the first step, for the published batch too."""
-    return {"macs": cost.macs, "parameters": cost.parameters, "fixed": cost.fixed, "each": cost.each,
-            "published": cost._replace(images=PUBLISHED).needed / GIB}  # fmt: skip
-
-
 def summary(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per generator: forecast over measured at each batch, and what a run with the published batch takes."""
+    """Per generator and student: forecast over measured, and what a run takes."""
     students = {cell["net"]: cell for cell in measured if cell["of"] == "student"}
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows = []
     for cell in measured:
-        key = (cell["net"], cell["of"], json.dumps(cell["options"]))
-        row = rows.setdefault(key, {k: cell[k] for k in ("net", "of", "options", "macs", "parameters", "published")})
+        row = {key: cell[key] for key in ("net", "of", "options", "macs", "parameters", "forecast", "measured")}
         if cell["measured"] is not None:
-            row[f"forecast_over_measured_{cell['batch']}"] = cell["forecast"] / cell["measured"]
+            row["ratio"] = cell["forecast"] / cell["measured"]
         if cell["of"] != "student":
-            # While the student learns, the generator keeps its weights, gradients and moments.
-            row["run"] = max(cell["published"], students[cell["net"]]["published"] + cell["fixed"] / GIB)
+            # While the student learns, the generator keeps its weights and moments.
+            held = (cell["fixed"] - cell["gradients"]) / GIB
+            row["run"] = max(cell["forecast"], students[cell["net"]]["forecast"] + held)
             row["fits"] = row["run"] <= LIMIT
-    return list(rows.values())
+        rows.append(row)
+    return rows
 
 
 def _resident() -> int:

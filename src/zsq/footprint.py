@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from zsq.sources.generator import LatentSampler
     from zsq.teachers import Teacher
 
-_GENERATOR = 18  # bytes per parameter: float32 weight, gradient, two moments of Adam, and a bfloat16 copy
-_STUDENT = 16  # weight, quantized weight, gradient, momentum
-_STUDENT_MAPS = 3  # maps a quantized layer keeps for each one its float layer keeps, in float32
-_SLACK = 1.25  # work space of the kernels, gradients of the maps, fragmentation
+# Bytes per parameter. Held between steps, and added at the end of a backward pass, when the maps are gone again. All of
+# it, and the factors below, were set by bench/generator_memory.py.
+_GENERATOR = (14, 4)  # float32 weight, two moments of Adam, bfloat16 copy; gradient
+_STUDENT = (24, 4)  # weight, rounded weight, momentum, copies for inundation and history; gradient
+_STUDENT_MAPS = 1.6  # bytes of maps a student keeps for each byte its float network keeps
+_GRADIENTS = 1.25  # of maps, on their way back, for each byte kept
+_WORK = 170 * 2**20  # work space of the kernels
 
 
 class StepCost(NamedTuple):
@@ -33,7 +36,8 @@ class StepCost(NamedTuple):
         what: "generator" or "student".
         macs: multiply-accumulates of one forward, per image.
         parameters: number of parameters.
-        fixed: bytes whatever the batch: parameters, gradients, what the optimizer keeps.
+        fixed: bytes whatever the batch: parameters, what the optimizer keeps, gradients.
+        gradients: those of them that come when the maps are gone.
         each: bytes per image.
         images: per step, or per part of a step.
     """
@@ -42,13 +46,23 @@ class StepCost(NamedTuple):
     macs: int
     parameters: int
     fixed: int
+    gradients: int
     each: int
     images: int
 
     @property
     def needed(self) -> int:
         """Bytes that a step takes."""
-        return round(_SLACK * (self.fixed + self.each * self.images))
+        return _WORK + self.fixed + max(0, self.each * self.images - self.gradients)
+
+    def fitting(self, free: int) -> int:
+        """Images of a step that takes at most so many bytes."""
+        return math.floor((free - _WORK - self.fixed + self.gradients) / max(self.each, 1)) if free >= self.least else 0
+
+    @property
+    def least(self) -> int:
+        """Bytes that a step takes whatever the batch."""
+        return _WORK + self.fixed
 
     @property
     def subject(self) -> str:
@@ -133,7 +147,7 @@ def require_generator_memory(
         generator = build().bfloat16()  # as the step runs it
     made = footprint(generator, *half)
     each = made.kept + _teacher(teacher, precision="bf16").kept
-    cost = StepCost("generator", made.macs, made.parameters, _GENERATOR * made.parameters, each, batch)
+    cost = _cost("generator", made, _GENERATOR, _GRADIENTS * each, batch)
     return _require(teacher, cost, option="--batch", least=2, instead=instead)  # it normalises over its batch
 
 
@@ -156,11 +170,15 @@ def require_student_memory(
     """
     net = _teacher(teacher, precision="float32")
     made: StepCost | None = getattr(beside, "cost", None)
-    # Its weights are there already; gradients and moments come with its first step.
-    kept = 0 if made is None else made.fixed - 4 * made.parameters
-    cost = StepCost("student", net.macs, net.parameters, _STUDENT * net.parameters, _STUDENT_MAPS * net.kept,
-                    min(batch, micro_batch or batch))  # fmt: skip
+    # Its weights are there already; moments come with its first step, and gradients are dropped between steps.
+    kept = 0 if made is None else made.fixed - made.gradients - 4 * made.parameters
+    cost = _cost("student", net, _STUDENT, _STUDENT_MAPS * net.kept, min(batch, micro_batch or batch))
     return _require(teacher, cost, option="--micro-batch", least=1, kept=kept)
+
+
+def _cost(what: str, net: Footprint, bytes_each: tuple[int, int], each: float, images: int) -> StepCost:
+    held, gradients = (count * net.parameters for count in bytes_each)
+    return StepCost(what, net.macs, net.parameters, held + gradients, gradients, round(each), images)
 
 
 def _teacher(teacher: Teacher, *, precision: str) -> Footprint:
@@ -177,7 +195,7 @@ def _require(
     free = available_memory(teacher.device)
     if free is None or cost.needed + kept <= free:
         return cost
-    room = math.floor(((free - kept) / _SLACK - cost.fixed) / max(cost.each, 1))
+    room = cost.fitting(free - kept)
     none = f"{instead}, free memory" if instead else "Free memory"
     raise BadInput(
         f"{option} {cost.images}",

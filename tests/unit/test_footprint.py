@@ -29,6 +29,16 @@ def test_counts_by_hand() -> None:
     assert made.kept == 4 * (3 * 64 + 4 * 64)
 
 
+def test_maps_and_gradients_are_not_there_at_the_same_time() -> None:
+    cost = StepCost("student", 0, 10, fixed=1000, gradients=400, each=100, images=2)
+    assert cost.needed == cost.least  # 200 bytes of maps make room for 400 of gradients
+    assert cost._replace(images=7).needed == cost.least + 300
+    for images in (4, 7, 50):
+        free = cost._replace(images=images).needed
+        assert cost.fitting(free) == images and cost.fitting(free - 1) == (images - 1 if images > 4 else 0)
+    assert cost.fitting(cost.least - 1) == 0
+
+
 def test_memory_of_this_machine() -> None:
     free = available_memory(torch.device("cpu"))
     assert free is None or free > 2**20
@@ -69,12 +79,12 @@ def test_a_generator_that_could_be_smaller_says_how(monkeypatch: pytest.MonkeyPa
 
 def test_a_student_beside_a_generator_counts_both(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher()
-    source = SimpleNamespace(cost=StepCost("generator", 0, 10**6, 18 * 10**6, 0, 1))
+    source = SimpleNamespace(cost=StepCost("generator", 0, 10**6, 18 * 10**6, 4 * 10**6, 0, 1))
     alone = require_student_memory(teacher, batch=4, micro_batch=None)
     assert alone.images == 4 and require_student_memory(teacher, batch=4, micro_batch=3).images == 3
-    monkeypatch.setattr(costs, "available_memory", lambda device: alone.needed + 13 * 10**6)
+    monkeypatch.setattr(costs, "available_memory", lambda device: alone.needed + 9 * 10**6)
     assert require_student_memory(teacher, batch=4, micro_batch=None) == alone
-    with pytest.raises(BadInput, match="for a student"):  # 14 of its 18 bytes per parameter are still to come
+    with pytest.raises(BadInput, match="for a student"):  # 10 of its 18 bytes per parameter are still to come, and stay
         require_student_memory(teacher, batch=4, micro_batch=None, beside=source)
 
 
