@@ -4,8 +4,9 @@
     python scripts/render_results.py --check    # only say whether they are up to date
 
 A table stands between ``<!-- results: NAME LAYOUT -->`` and ``<!-- end -->``: NAME.json, and LAYOUT `wide` (a row per
-method, a column per bit width), `long` (a row per method and bit width, with agreements and minutes), or `speed` and
-`scaling` (what bench/speed.py writes).
+method, a column per bit width), `long` (a row per method and bit width, with agreements and minutes), `instruments` (a
+column per analysed cell), `times` (bench/analysis_time.py), `memory` (bench/generator_memory.py), or `speed` and
+`scaling` (bench/speed.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md", ROOT / "docs" / "performance.md")
-BLOCK = re.compile(r"(<!-- results: (\w+) (wide|long|speed|scaling) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+KINDS = "wide|long|instruments|memory|times|speed|scaling"
+BLOCK = re.compile(rf"(<!-- results: (\w+) ({KINDS}) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def score(row: dict[str, Any]) -> str:
@@ -87,7 +89,54 @@ def scaling(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-LAYOUTS: dict[str, Callable[[Any], list[str]]] = {"wide": wide, "long": long, "speed": speed, "scaling": scaling}
+def instruments(found: dict[str, Any]) -> list[str]:
+    """What the instruments say of the cells of a study, a column each."""
+    keys = found["analysis"]
+    scores = {(row["method"], row["bits"]): row for row in found["table"]}
+    names = [f"{key['method']}, {key['bits']}" for key in keys]
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(keys)]
+    rows: dict[str, list[str]] = {"student, top-1 %": [score(scores[key["method"], key["bits"]]) for key in keys]}
+    for name, when in (("early", "first"), ("late", "last")):
+        rows[f"weights changed in the {when} tenth, %"] = [
+            f"{100 * key[f'flips_{name}']:.4f} (layers {100 * key[f'flips_{name}_least']:.3f}"
+            f" to {100 * key[f'flips_{name}_most']:.3f})"
+            for key in keys
+        ]
+    for kind in keys[0]["cosine"]:
+        rows[f"cosine of CE and KL, {kind}"] = [f"{key['cosine'][kind]:.2f}" for key in keys]
+    for kind in keys[0]["trace"]:
+        rows[f"trace, {kind}"] = [f"{key['trace'][kind][0]:.0f} ± {key['trace'][kind][1]:.0f}" for key in keys]
+    for kind in keys[0]["trace"]:
+        rows[f"trace over loss, {kind}"] = [f"{key['trace'][kind][2]:.0f}" for key in keys]
+    return lines + [f"| {name} | " + " | ".join(values) + " |" for name, values in rows.items()]
+
+
+def memory(found: dict[str, Any]) -> list[str]:
+    """Forecast and measured memory of a step at ImageNet size."""
+    lines = ["| network | step of | parameters, M | GMAC per image | forecast, GiB | measured, GiB | a run, GiB |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in found["table"]:
+        what = row["of"] + ("" if not row["options"] else ", whole embedding")
+        taken = "not run" if row["measured"] is None else f"{row['measured']:.2f}"
+        whole = f"{row['run']:.2f}" if "run" in row else ""
+        lines.append(f"| {row['net']} | {what} | {row['parameters'] / 1e6:.1f} | {row['macs'] / 1e9:.2f} "
+                     f"| {row['forecast']:.2f} | {taken} | {whole} |")  # fmt: skip
+    return lines
+
+
+def times(found: dict[str, Any]) -> list[str]:
+    """How long the instruments take."""
+    lines = ["| instrument | processor seconds | seconds by the clock |", "|---|---|---|"]
+    plain = found["second_derivatives"]
+    compared = f"for comparison: traces with second derivatives, {plain['probes']} probes at one moment"
+    rows = {**found["instruments"], "**all**": found["total"], compared: plain}
+    return lines + [f"| {name} | {row['cpu_seconds']:.1f} | {row['seconds']:.1f} |" for name, row in rows.items()]
+
+
+LAYOUTS: dict[str, Callable[[Any], list[str]]] = {
+    "wide": lambda found: wide(found["table"]), "long": lambda found: long(found["table"]),
+    "instruments": instruments, "memory": memory, "times": times, "speed": speed, "scaling": scaling,
+}  # fmt: skip
 
 
 def rendered(text: str) -> str:
@@ -95,7 +144,7 @@ def rendered(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         found = json.loads((ROOT / "bench" / "results" / f"{match[2]}.json").read_text(encoding="utf-8"))
-        return match[1] + "\n".join(LAYOUTS[match[3]](found.get("table", found))) + match[4]
+        return match[1] + "\n".join(LAYOUTS[match[3]](found)) + "\n" + match[4]
 
     return BLOCK.sub(table, text)
 
