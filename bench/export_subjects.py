@@ -135,7 +135,7 @@ _DATA = SHARED / "data"
 REAL = {
     "digits": Real(256, 40, {}, "digits", BITS[:2]),
     "resnet20-cifar10": Real(256, 40, {}, f"npz:{_DATA / 'cifar10_test.npz'}[2000:]", BITS[:2]),
-    "resnet20-cifar100": Real(256, 40, {}, f"npz:{_DATA / 'cifar100_test.npz'}[2000:]", BITS[:2]),
+    "resnet20-cifar100": Real(256, 40, {}, f"npz:{_DATA / 'cifar100_test.npz'}[2000:]"),
     "shapes-segment": Real(64, 40, {}, "shapes-segment"),
     "shapes-detect": Real(64, 40, {}, "shapes-detect"),
     "imagenet_mobilenetv1_x025": Real(

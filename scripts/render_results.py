@@ -5,8 +5,8 @@
 
 A table stands between ``<!-- results: NAME LAYOUT -->`` and ``<!-- end -->``: NAME.json, and LAYOUT `wide` (a row per
 method, a column per bit width), `long` (a row per method and bit width, with agreements and minutes), `instruments` (a
-column per analysed cell), `times` (bench/analysis_time.py), `memory` (bench/generator_memory.py), or `speed` and
-`scaling` (bench/speed.py).
+column per analysed cell), `times` (bench/analysis_time.py), `memory` (bench/generator_memory.py), `speed` and `scaling`
+(bench/speed.py), or `exported`, `files`, `latency` and `kernels` (bench/export.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import export_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md", ROOT / "docs" / "performance.md")
-KINDS = "wide|long|instruments|memory|times|speed|scaling"
-BLOCK = re.compile(rf"(<!-- results: (\w+) ({KINDS}) -->\n).*?(<!-- end -->)", re.DOTALL)
+# A marker at the beginning of a line ends the old table: an empty block is one too, and never reaches into the next.
+BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(?:(?!<!-- ).*\n)*(?=<!-- end -->)")
+BEGINNING = re.compile(r"<!-- results: .*-->")
 
 
 def score(row: dict[str, Any]) -> str:
@@ -136,17 +139,30 @@ def times(found: dict[str, Any]) -> list[str]:
 LAYOUTS: dict[str, Callable[[Any], list[str]]] = {
     "wide": lambda found: wide(found["table"]), "long": lambda found: long(found["table"]),
     "instruments": instruments, "memory": memory, "times": times, "speed": speed, "scaling": scaling,
+    "exported": export_tables.exported, "files": export_tables.files, "latency": export_tables.latency,
+    "kernels": export_tables.kernels,
 }  # fmt: skip
 
 
-def rendered(text: str) -> str:
-    """A page with every table made again."""
+def rendered(text: str, results: Path = ROOT / "bench" / "results") -> str:
+    """A page with every table made again.
+
+    Raises:
+        ValueError: for a block without its end, or a layout that does not exist.
+    """
 
     def table(match: re.Match[str]) -> str:
-        found = json.loads((ROOT / "bench" / "results" / f"{match[2]}.json").read_text(encoding="utf-8"))
-        return match[1] + "\n".join(LAYOUTS[match[3]](found)) + "\n" + match[4]
+        if match[3] not in LAYOUTS:
+            raise ValueError(f"results block {match[2]}: expected one of {', '.join(LAYOUTS)}, got {match[3]!r}")
+        found = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
+        return match[1] + "\n".join(LAYOUTS[match[3]](found)) + "\n"
 
-    return BLOCK.sub(table, text)
+    made, count = BLOCK.subn(table, text)
+    if count != len(BEGINNING.findall(text)):
+        whole = {match[1].strip() for match in BLOCK.finditer(text)}
+        broken = next((line for line in BEGINNING.findall(text) if line not in whole), "a results block")
+        raise ValueError(f"{broken}: expected a line <!-- end --> after its table, got none before the next block")
+    return made
 
 
 def main() -> None:
@@ -156,7 +172,10 @@ def main() -> None:
     check = parser.parse_args().check
     for page in PAGES:
         before = page.read_text(encoding="utf-8")
-        after = rendered(before)
+        try:
+            after = rendered(before)
+        except ValueError as error:
+            sys.exit(f"{page.name}: {error}")
         if check and before != after:
             sys.exit(f"{page.name} is out of date: python scripts/render_results.py")
         page.write_text(after, encoding="utf-8")

@@ -187,13 +187,13 @@ def export(run: Path, *, target: Literal["ort", "openvino", "torch"] = "ort", ou
     """
     from zsq import pipeline
     from zsq.export import export as export_run
+    from zsq.export.words import in_words as export_in_words
 
     where = str(pipeline.resolve_device(device))
     result = export_run(run, target=target, output=output, benchmark=benchmark, device=where)
     if result["warning"]:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"zsq: {result['warning']}", markup=False)
-    shown = result if json else {key: value for key, value in result.items() if key not in ("lsb", "warning")}
-    show(shown, as_json=json, title=f"{run}: {result['file']}")
+    show(result if json else export_in_words(result), as_json=json, title=f"{run}: {result['file']}")
 
 
 @app.command

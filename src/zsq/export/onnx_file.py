@@ -123,7 +123,9 @@ def require(target: str) -> None:
             importlib.import_module(package)
         except ImportError as error:
             extra = "export,openvino" if target == "openvino" else "export"
-            raise BadInput(f"--target {target}", expected=f"the package {package}", got="it is not installed",
+            missing = isinstance(error, ModuleNotFoundError) and error.name in (None, package)
+            got = "it is not installed" if missing else " ".join(str(error).split())[:200]
+            raise BadInput(f"--target {target}", expected=f"the package {package}", got=got,
                            fix=f'Install it: pip install "zsq[{extra}]".') from error  # fmt: skip
 
 
