@@ -6,6 +6,8 @@ The names below are loaded on first use: `import zsq` does not import torch.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ _HOME = {
     "evaluate": "zsq.finished",
     "analyse": "zsq.analysis",
     "report": "zsq.reporting",
+    "export": "zsq.export",
 }
 
 __all__ = ["__version__", "recipes", *_HOME]
@@ -44,3 +47,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """This package: importing a submodule does not hide the public function of the same name (decision 0011)."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

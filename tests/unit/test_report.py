@@ -99,13 +99,16 @@ def test_after_evaluation_analysis_and_export(zsq: Command, run_copy: Path) -> N
     assert zsq("analyse", run_copy, "--what", "flips").code == 0
     record = {"agreement": 0.97, "max_lsb": 1, "integer_conv_share": 0.5, "size_ratio": 3.5, "file": "<i>.onnx",
               "runtime": "onnxruntime 1", "convolutions": 2, "float_convolutions": ["0"], "warning": "one in float",
-              "speedup_batch1": 1.25, "speedup_batch32": 0.5, "cpu": "some", "threads": 1, "vnni": False}  # fmt: skip
+              "speedup_batch1": 1.25, "speedup_batch32": 0.5, "cpu": "some", "threads": 1, "vnni": False,
+              "latency_ms_batch1": 0.53125, "latency_ms_float_batch1": 0.6640625, "waited_batch1": 0.27,
+              "speedup_cpu_batch1": 1.75}  # fmt: skip
     (run_copy / "export-ort.json").write_text(json.dumps(record))
     facts = package.report(run_copy, sensitivity=False, progress=False)
     page = (run_copy / "report.html").read_text()
     assert facts["analysis"] == {"flips": "analysis/flips.png"} and "Figure of zsq analyse, flips" in page
     assert "1,198 labelled images" in facts["verdict"] and "digits:train" in page
-    for text in ("&lt;i&gt;.onnx", "1.25", "3.5", "97.00", "1 of 2 convolutions of the ort file run in float", "one in float"):  # noqa: E501
+    for text in ("&lt;i&gt;.onnx", "1.25", "3.5", "97.00", "1 of 2 convolutions of the ort file run in float",
+                 "one in float", "0.531 ms, in float 0.664 ms", "27 %", "1.75 × faster"):  # fmt: skip
         assert text in page
     assert "Not exported" not in page and "Not analysed" not in page
     assert facts["labelled"]["name"] == "digits:train" and len(facts["labelled"]["sample"]) == 8
