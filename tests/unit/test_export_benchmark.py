@@ -11,6 +11,7 @@ import pytest
 from unit import onnx_files
 from zsq.errors import BadInput
 from zsq.export import benchmark
+from zsq.export.words import in_words
 
 IMAGE = (3, 16, 16)
 
@@ -84,3 +85,24 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         benchmark.measure(net, other, "ort", seconds=0)
     with pytest.raises(BadInput, match="no such file"):
         benchmark.measure(net, tmp_path / "absent.onnx", "ort")
+
+
+def test_the_words_say_what_the_numbers_are() -> None:
+    result = {"file": "m.onnx", "bytes": 2048, "size_ratio": 6.5, "runtime": "onnxruntime 1.32", "agreement": 0.9995,
+              "images": 2000, "lsb_share": 0.0001, "max_lsb": 1, "integer_conv_share": 0.75, "convolutions": 4,
+              "float_convolutions": ["a.b"], "operators": {"QLinearConv": 3, "Conv": 1}, "latency_ms_batch1": 2.0,
+              "latency_ms_float_batch1": 5.0, "speedup_batch1": 2.5, "speedup_cpu_batch1": 3.0, "waited_batch1": 0.25,
+              "threads": 1, "cpu": "some", "vnni": False}  # fmt: skip
+    words = in_words(result)
+    assert words["same decisions"].startswith("99.95 % of those of the student, on 2,000 images")
+    assert words["codes, site by site"].startswith("1 step apart at most, 0.0100 % differ")
+    assert words["convolutions on integers"] == "3 of 4" and words["in float"] == "a.b"
+    assert words["latency, batch 1"] == (
+        "2.00 ms, float 5.00 ms: 2.50 times as fast; on a busy machine, 25 % of the time was waiting: "
+        "by processor time 3.00 times as fast"
+    )
+    assert "no 8-bit multiply-add" in words["measured on"]
+    quiet = in_words(result | {"waited_batch1": 0.01, "vnni": True, "latency_ms_bf16_batch1": 2.0,
+                               "latency_ms_float_bf16_batch1": 3.0})  # fmt: skip
+    assert quiet["latency, batch 1"].endswith("2.50 times as fast (bf16 where float: 2.00 ms, float 3.00 ms)")
+    assert quiet["measured on"] == "some, 1 thread; medians, both files in turns"

@@ -48,15 +48,15 @@ def _speed(result: Mapping[str, Any]) -> dict[str, str]:
     batches = sorted(int(key.removeprefix("speedup_batch")) for key in result if key.startswith("speedup_batch"))
     for batch in batches:
         own, other = (result[f"latency_ms_{name}batch{batch}"] for name in ("", "float_"))
-        text = f"{own:.2f} ms, float {other:.2f} ms: {result[f'speedup_batch{batch}']:.2f} times faster"
+        text = f"{own:.2f} ms, float {other:.2f} ms: {result[f'speedup_batch{batch}']:.2f} times as fast"
         own, other = (result.get(f"latency_ms_{name}batch{batch}") for name in ("bf16_", "float_bf16_"))
         if own is not None and other is not None:
             text += f" (bf16 where float: {own:.2f} ms, float {other:.2f} ms)"
         waited = result.get(f"waited_batch{batch}") or 0.0
         if waited > BUSY:
             text += (
-                f"; the machine was busy, {100 * waited:.0f} % of the time was waiting: of processor time "
-                f"{result[f'speedup_cpu_batch{batch}']:.2f} times"
+                f"; on a busy machine, {100 * waited:.0f} % of the time was waiting: by processor time "
+                f"{result[f'speedup_cpu_batch{batch}']:.2f} times as fast"
             )
         words[f"latency, batch {batch}"] = text
     if batches:
