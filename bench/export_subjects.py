@@ -155,13 +155,13 @@ REAL = {
 
 @cache
 def _real(name: str) -> tuple[Teacher, Tensor, LabelledData]:
-    count, steps, facts, data = REAL[name]
-    if facts:
+    real = REAL[name]
+    if real.facts:
         weights = SHARED / "teachers" / f"{name}.safetensors"
-        teacher = load_teacher(f"{_NETS}:{name}", weights=str(weights), **facts)
+        teacher = load_teacher(f"{_NETS}:{name}", weights=str(weights), **real.facts)
     else:
         teacher = load_teacher(name)
-    return teacher, probe_images(teacher, count, steps=steps), load_data(data, teacher)
+    return teacher, probe_images(teacher, real.count, steps=real.steps), load_data(real.data, teacher)
 
 
 # ---- stacks of one layer: what the runtimes' kernels gain at most
