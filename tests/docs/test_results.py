@@ -56,6 +56,6 @@ def test_both_runtimes_share_a_cell_where_they_agree(results: Path) -> None:
     speed = [{"network": "net", "bits": "W4A4", "target": "ort", "speedup_cpu_batch1": 3.26}]
     (results / "two.json").write_text(json.dumps({"files": files, "speed": speed}))
     made = render_results.rendered("<!-- results: two exported -->\n<!-- end -->\n", results)
-    assert "| net | 100 | 100.00 / 99.50 | 90.00 | 90.00 / 89.00 | 6.5 | 3.3 |  |" in made
+    assert "| net | W4A4 | 100 | 100.00 / 99.50 | 90.00 | 90.00 / 89.00 | 6.5 | 3.3 |  |" in made
     made = render_results.rendered("<!-- results: two files -->\n<!-- end -->\n", results)
     assert "| net | trained | W4A4 | 4/4 | 0 | 100.00 | 100.00 / 99.50 | 90.00 | 90.00 / 89.00 | 6.5 |" in made
