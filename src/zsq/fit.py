@@ -106,7 +106,7 @@ def fit(
         stage: name of the stage.
         micro_batch: pass at most this many images at a time through the student; the gradient is the same.
         history_of: gives the tensors of one history snapshot.
-        precision: bf16 runs the student's convolutions and linear layers in bfloat16; quantizers and losses stay
+        precision: bf16 runs the convolutions and linear layers of both networks in bfloat16; quantizers and losses stay
             float32.
         gradient: takes the place of forward, loss and backward: given a part of a batch and its share, adds the share's
             gradient to the student's parameters and returns the part's terms.
@@ -150,9 +150,11 @@ def _loss_gradient(
     """One forward of each network, the loss, one backward."""
     if loss is None:
         raise ValueError("fit: expected a loss or a gradient, got neither")
-    target = _teacher_view(teacher, part, features)
+    if precision == "bf16":  # a tenth faster, which float32 on a CPU is not
+        part = part._replace(images=part.images.contiguous(memory_format=torch.channels_last))
+    target = _teacher_view(teacher, part, features, precision)
     with torch.enable_grad():
-        found = loss(_student_view(student, part.images, features, precision), target, part)
+        found = loss(_view(student, part.images, features, precision), target, part)
         (share * torch.stack(list(found.values())).sum()).backward()
     return found
 
@@ -187,19 +189,19 @@ def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
         yield Batch(images, labels, view), len(images) / count
 
 
-def _teacher_view(teacher: nn.Module, batch: Batch, features: Sequence[str]) -> View:
+def _teacher_view(teacher: nn.Module, batch: Batch, features: Sequence[str], precision: str) -> View:
     """What the teacher saw: from the source if it brought everything along, else by asking the teacher."""
     if batch.view is not None and set(features) <= set(batch.view.features):
         return _in_float32(batch.view.detach())
     with torch.no_grad():
-        return look(teacher, batch.images, features=features)
+        return _view(teacher, batch.images, features, precision)
 
 
-def _student_view(student: nn.Module, images: Tensor, features: Sequence[str], precision: str) -> View:
+def _view(net: nn.Module, images: Tensor, features: Sequence[str], precision: str) -> View:
     if precision == "float32":
-        return look(student, images, features=features)
+        return look(net, images, features=features)
     with torch.autocast(images.device.type, dtype=torch.bfloat16):
-        return _in_float32(look(student, images, features=features))
+        return _in_float32(look(net, images, features=features))
 
 
 def _in_float32(view: View) -> View:

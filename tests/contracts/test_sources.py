@@ -22,6 +22,7 @@ from zsq.sources.crops import CropSource
 from zsq.sources.generator import GeneratorSource, Latents
 from zsq.sources.noise_pool import NoiseSource
 from zsq.sources.pool import PoolSource
+from zsq.sources.recorded import RecordedSource
 from zsq.teachers import Teacher
 from zsq.view import View
 
@@ -37,7 +38,7 @@ def soft_latents(count: int, rng: torch.Generator) -> Latents:
     return Latents((torch.randn(count, 16, generator=rng), mix), mix)
 
 
-def from_generator(teacher: Teacher, **options: Any) -> Source:
+def from_generator(teacher: Teacher, **options: Any) -> GeneratorSource:
     conditional = options.pop("conditional", False)
     net = ConditionalGenerator(teacher.classes, teacher.image, latent=16, conditional=conditional)
     return GeneratorSource(teacher, net, loss, name="test", batch=BATCH, milestones=(2,), **options)
@@ -57,6 +58,14 @@ def of_recipe(recipe: str, teacher: Teacher, **options: Any) -> Source:
 def from_noise(teacher: Teacher) -> Source:
     source = NoiseSource(teacher, lambda _: loss, name="noise", batch=BATCH, count=160, iterations=2, group=45, lr=0.1,
                          schedule="cosine")  # fmt: skip
+    with Run(None, progress=False) as run:
+        source.prepare(run)
+    return source
+
+
+def from_recording(teacher: Teacher) -> Source:
+    builds = [lambda: from_generator(teacher), lambda: from_generator(teacher, conditional=True)]
+    source = RecordedSource(teacher, builds, name="recorded", batch=BATCH, count=120, shown=BATCH, lead=1)
     with Run(None, progress=False) as run:
         source.prepare(run)
     return source
@@ -87,6 +96,7 @@ FACTORIES: dict[str, Callable[[Teacher], Source]] = {
     "pool": from_pool,
     "pool-cropped": lambda teacher: CropSource(from_pool(teacher), scale=(0.5, 1.0)),
     "noise": from_noise,
+    "recorded": from_recording,
 }
 
 

@@ -20,8 +20,8 @@ from zsq.losses import bn_gap, cross_entropy
 from zsq.run import Run
 from zsq.sources.base import Batch, prepare
 from zsq.sources.crops import CropSource, crop, crop_boxes, reinforce
-from zsq.sources.noise_pool import FILE, Group, NoiseSource, Synthesis
-from zsq.sources.pool import PoolSource
+from zsq.sources.noise_pool import Group, NoiseSource, Synthesis
+from zsq.sources.pool import FILE, PoolSource
 from zsq.teachers import Teacher
 from zsq.view import View
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,17 @@ import torch
 from torch import nn
 
 from tiny import settled, tiny_teacher
-from zsq import pipeline
+from zsq import pipeline, recipes
 from zsq.errors import BadInput
-from zsq.insert import QuantSpec, activation_quantizers, quantized_weights
-from zsq.quantizer import LearnedStep
+from zsq.grid import encode
+from zsq.insert import QuantSpec, activation_quantizers, quantize, quantized_weights
+from zsq.quantizer import MseRange
 from zsq.recipes import zsq
 from zsq.run import Run
 from zsq.teachers import Teacher
 
-SHORT: dict[str, Any] = {"steps": 3, "warmup": 2, "batch": 8, "count": 32, "iterations": 2, "rounding": 2}
+SHORT: dict[str, Any] = {"steps": 4, "warmup": 2, "lead": 2, "batch": 8, "count": 32, "shown": 8}
+LEARNED: dict[str, Any] = {"weights": "learned", "ranges": "learned"}
 
 
 def outcome(
@@ -55,12 +59,12 @@ def test_depthwise_and_gates(placement: str, bits: int) -> None:
     teacher = Teacher(settled(Mobile()), "mobile", "classify", 10, (1, 8, 8))
     student = outcome(teacher, QuantSpec(weight_bits=bits, act_bits=bits, placement=placement)).student
     assert student(torch.randn(3, 1, 8, 8)).isfinite().all()
-    assert all(isinstance(q, LearnedStep) and not q.observing for q in activation_quantizers(student).values())
+    assert all(isinstance(q, MseRange) and not q.observing for q in activation_quantizers(student).values())
 
 
 def test_calibration_only_trains_nothing() -> None:
     teacher = tiny_teacher()
-    found = outcome(teacher, steps=0, rounding=0)
+    found = outcome(teacher, steps=0)
     assert found.plan["steps"] == found.plan["rounding"] == 0
     own = teacher.net.state_dict()
     assert all(torch.equal(own[f"{w.name}.weight"], w.parameter) for w in quantized_weights(found.student))
@@ -68,14 +72,59 @@ def test_calibration_only_trains_nothing() -> None:
 
 def test_steps_have_their_own_learning_rate() -> None:
     def state(rate: float) -> dict[str, torch.Tensor]:
-        return dict(outcome(rounding=0, step_lr=rate).student.named_parameters())
+        return dict(outcome(**LEARNED, step_lr=rate).student.named_parameters())
 
     still, moved = state(0.0), state(1e-2)
-    started = dict(outcome(rounding=0, steps=0).student.named_parameters())
+    started = dict(outcome(**LEARNED, steps=0).student.named_parameters())
     steps = [name for name in still if name.endswith(".step")]
     assert steps and all(torch.equal(still[name], started[name]) for name in steps)
     assert not all(torch.equal(moved[name], started[name]) for name in steps)
     assert not torch.equal(still["0.weight"], started["0.weight"])
+
+
+def test_every_layer_moves_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    real = Run.log
+
+    def log(run: Run, **terms: Any) -> None:
+        if "kl" in terms:
+            seen.append({weight.name: weight.parameter.detach().clone() for weight in layers})
+        real(run, **terms)
+
+    student_of = quantize
+    layers: list[Any] = []
+
+    def watched(*given: Any, **named: Any) -> Any:
+        student, report = student_of(*given, **named)
+        layers.extend(quantized_weights(student))
+        return student, report
+
+    monkeypatch.setattr(Run, "log", log)
+    monkeypatch.setattr(recipes.module("zsq"), "quantize", watched)
+    outcome(flip_rate=0.05, flip_decay=1.0)
+    assert len(seen) == 4 and len(layers) == 3
+    for before, after in itertools.pairwise(seen):
+        for weight in layers:
+            grid = weight.grid(before[weight.name])
+            moved = encode(before[weight.name], grid) != encode(after[weight.name], grid)
+            assert float(moved.float().mean()) >= 0.05
+
+
+def test_reconstruction_needs_ranges_that_stay() -> None:
+    with pytest.raises(BadInput, match="weight"):
+        outcome(rounding=2)
+    assert outcome(rounding=2, weights="learned").plan["rounding"] == 2
+
+
+def test_images_are_made_once_and_drawn_often(tmp_path: Path) -> None:
+    outcome(path=tmp_path / "first", steps=6)
+    lines = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "record"][-1] == 2 + 5  # 36 images of 8 a step
+    pool = pipeline.load_pool(str(tmp_path / "first" / "pool.safetensors"), tiny_teacher())
+    again = outcome(images=pool, path=tmp_path / "second")
+    assert again.source.name == "saved images (pool.safetensors)"
+    stages = {json.loads(line)["stage"] for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()}
+    assert stages == {"calibrate", "fit"}
 
 
 def test_pure_noise_is_a_control_by_name() -> None:
@@ -93,7 +142,7 @@ def test_without_batchnorm_it_names_the_way_out(bn_free_net: nn.Module) -> None:
     teacher = Teacher(bn_free_net, "flat", "classify", 10, (3, 8, 8))
     with pytest.raises(BadInput, match=r"BatchNorm.*--images"):
         outcome(teacher)
-    assert outcome(teacher, images=pipeline.load_pool("noise", teacher)).plan["steps"] == 3
+    assert outcome(teacher, images=pipeline.load_pool("noise", teacher)).plan["steps"] == 4
 
 
 def test_fidelity_to_nothing_is_refused() -> None:
@@ -105,9 +154,11 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("at", [2, 5, 9])  # in the images, in the reconstruction, in the distillation
+# in the images, in the ranges, in the reconstruction, in the distillation
+@pytest.mark.parametrize("at", [2, 8, 11, 14])
 def test_a_killed_run_ends_with_the_same_bits(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = outcome(path=tmp_path / "whole").student.state_dict()
+    options = {**SHORT, "weights": "learned", "rounding": 2}
+    whole = outcome(path=tmp_path / "whole", **options).student.state_dict()
     count, real = 0, Run.log
 
     def log(run: Run, **terms: Any) -> None:
@@ -119,7 +170,7 @@ def test_a_killed_run_ends_with_the_same_bits(at: int, tmp_path: Path, monkeypat
 
     def killed(folder: Path, *, resume: bool) -> Any:
         with Run(folder, progress=False, checkpoint_every=1, log_every=1, resume=resume) as run:
-            return zsq(tiny_teacher(), run, spec=QuantSpec(), **SHORT)
+            return zsq(tiny_teacher(), run, spec=QuantSpec(), **options)
 
     monkeypatch.setattr(Run, "log", log)
     with pytest.raises(Killed):

@@ -1,76 +1,85 @@
-"""Ours: hard images from noise, then distillation with learned steps; learned rounding on request.
+"""Ours: images recorded while a generator learns, ranges of least error, distillation on crops with inundated steps.
 
-Images as HAST makes them, learned step sizes as in LSQ+, block-wise reconstruction as in BRECQ (off by default: it showed
-no gain in short runs), and a distillation on crops of the images. Its scores are not measured as a table yet.
+A generator (GDFQ's) never sees the student, so its images are made once and drawn many times. The student learns from the
+teacher alone, with AIT's steps, in bfloat16. Reconstruction and learned steps are options: neither helped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR
 
-from zsq import losses
 from zsq.fit import calibrate, fit
-from zsq.insert import QuantSpec, codes_and_latents, quantize
-from zsq.presets import Outcome, choose, feed, settle
-from zsq.quantizer import LearnedStep
-from zsq.recipes.hast import source as hast_source
+from zsq.insert import QuantSpec, codes_and_latents, quantize, quantized_weights
+from zsq.inundation import GradientInundation
+from zsq.presets import RANGES, Outcome, choose, feed, milestones_at, settle
+from zsq.quantizer import LearnedStep, LiveMinMax, MseRange
+from zsq.recipes.gdfq import source as gdfq_source
 from zsq.reconstruction import reconstruct
 from zsq.run import Run
 from zsq.sources.base import Batch, Source
 from zsq.sources.crops import CropSource
-from zsq.sources.noise_pool import NoiseSource
+from zsq.sources.recorded import RecordedSource
 from zsq.teachers import Teacher
 from zsq.view import View
 
-PAPER = "ours, 2026; images arXiv 2303.13826, blocks arXiv 2102.05426, steps arXiv 1902.08153"
-PARTS = "hard images from noise | learned steps for weights and activations | reconstruction of blocks, then KL"
+PAPER = "ours, 2026; images arXiv 2003.03603, steps arXiv 2203.17008"
+PARTS = "images recorded from generators | live min/max weights, least-error activations | KL on crops, inundation"
+WEIGHTS: dict[str, Callable[..., Any]] = {"live": LiveMinMax, "mse": MseRange, "learned": LearnedStep}
+ACTIVATIONS: dict[str, Callable[..., Any]] = RANGES | {"learned": LearnedStep}
 
-FIDELITY: dict[str, dict[str, Any]] = {"best": {"lr": 5e-4, "step_lr": 1e-4}}
-BUDGETS: dict[str, dict[str, Any]] = {
-    "quick": {"count": 512, "iterations": 150, "group": 288, "warmup": 10, "rounding": 0, "steps": 400, "batch": 64},
-    "standard": {"count": 1024, "iterations": 150, "group": 288, "warmup": 20, "rounding": 0, "steps": 1000, "batch": 64},
-    "paper": {"count": 5120, "iterations": 1000, "group": 256, "warmup": 50, "rounding": 0, "steps": 29_400, "batch": 256},
-}  # fmt: skip
+FIDELITY: dict[str, dict[str, Any]] = {"best": {"ranges": "mse", "weights": "live", "lr": 1e-3, "step_lr": 1e-4}}
+SMALL: dict[str, dict[str, Any]] = {  # images up to 64 pixels
+    "quick": {"generators": 1, "count": 16_384, "shown": 64, "lead": 50, "warmup": 10, "steps": 500, "batch": 64},
+    "standard": {"generators": 2, "count": 32_768, "shown": 64, "lead": 50, "warmup": 10, "steps": 2000, "batch": 64},
+    "paper": {"generators": 8, "count": 131_072, "shown": 200, "lead": 100, "warmup": 20, "steps": 79_200, "batch": 200},
+}
+LARGE: dict[str, dict[str, Any]] = {
+    "quick": {"generators": 1, "count": 2048, "shown": 16, "lead": 100, "warmup": 20, "steps": 400, "batch": 16},
+    "standard": {"generators": 2, "count": 8192, "shown": 16, "lead": 200, "warmup": 20, "steps": 2000, "batch": 16},
+    "paper": {"generators": 4, "count": 32_768, "shown": 16, "lead": 1000, "warmup": 50, "steps": 70_000, "batch": 64},
+}
 
 
 def source(
-    teacher: Teacher, *, batch: int, milestones: tuple[int, ...] = (), fidelity: str = "best",
-    count: int = 512, iterations: int = 150, group: int = 288, image_lr: float | None = None,
-    beta: float | None = None, gamma: float | None = None,
-) -> NoiseSource:  # fmt: skip
-    """Hard images from noise, those of `hast`.
+    teacher: Teacher, *, batch: int, milestones: tuple[int, ...] = (), fidelity: str = "best", generators: int = 1,
+    count: int = 16_384, shown: int = 64, lead: int = 50,
+) -> RecordedSource:  # fmt: skip
+    """Images of GDFQ's generator, recorded at every step of its training.
 
     Args:
         teacher: needs BatchNorm layers.
         batch: images per draw.
         milestones: not used: the pool does not learn while it is read.
         fidelity: best only.
-        count: images to draw from.
-        iterations: Adam steps per image.
-        group: images optimised together.
-        image_lr: of Adam on the pixels; 0.2 if not given.
-        beta: weight of the class loss; 10 up to 64 pixels, 0.1 above.
-        gamma: exponent of the difficulty; 2 up to 64 pixels, 0.5 above.
+        generators: how many of them learn, one after the other, each from other numbers.
+        count: images to draw from, of all generators together.
+        shown: images a generator makes per step.
+        lead: first steps of each generator, whose images are not kept.
     """
     choose("--fidelity", fidelity, FIDELITY)
-    return hast_source(teacher, batch=batch, count=count, iterations=iterations, group=group, image_lr=image_lr,
-                       beta=beta, gamma=gamma)  # fmt: skip
+    length = lead + 9 * count // (8 * max(1, generators) * max(1, shown))
+    build = partial(gdfq_source, teacher, batch=shown, milestones=milestones_at((0.6, 0.85), length))
+    return RecordedSource(teacher, [build] * generators, name="zsq", batch=batch, count=count, shown=shown, lead=lead)
 
 
 def zsq(
     teacher: Teacher, run: Run, *, spec: QuantSpec | None = None, images: Source | None = None,
     budget: str = "quick", fidelity: str = "best", steps: int | None = None, warmup: int | None = None,
-    batch: int | None = None, micro_batch: int | None = None, count: int | None = None,
-    iterations: int | None = None, group: int | None = None, image_lr: float | None = None,
-    beta: float | None = None, gamma: float | None = None, scale: float = 0.5, rounding: int | None = None,
-    lr: float | None = None, step_lr: float | None = None, temperature: float = 4.0,
-    kl_reduction: Literal["mean", "batchmean"] = "batchmean",
+    batch: int | None = None, micro_batch: int | None = None, generators: int | None = None,
+    count: int | None = None, shown: int | None = None, lead: int | None = None, scale: float = 0.5,
+    lr: float | None = None, step_lr: float | None = None, temperature: float = 20.0,
+    kl_reduction: Literal["mean", "batchmean"] = "mean",
+    ranges: Literal["percentile", "ema", "mse", "learned"] | None = None,
+    weights: Literal["live", "mse", "learned"] | None = None, rounding: int = 0,
+    flip_rate: float | None = None, flip_decay: float = 0.1,
+    precision: Literal["bf16", "float32"] = "bf16",
 ) -> Outcome:  # fmt: skip
     """Quantize `teacher` with our own recipe.
 
@@ -78,25 +87,29 @@ def zsq(
         teacher: the float network.
         run: where progress, checkpoints and results go.
         spec: bits, placement, patterns; the range rules are this recipe's.
-        images: another source in place of the images from noise.
+        images: another source in place of the recorded images.
         budget: quick, standard or paper.
         fidelity: best only; there is no other program to be faithful to.
-        steps: updates of the distillation, 0 for none; the budget's if not given.
-        warmup: batches the first ranges are taken from; the budget's if not given.
-        batch: images per step; the budget's if not given.
+        steps: updates of the student, 0 for calibration only; the budget's if not given.
+        warmup: batches the ranges are taken from; the budget's if not given.
+        batch: images per update; the budget's if not given.
         micro_batch: split the student's batch into parts of at most this size, same gradient, less memory.
-        count: images to make; the budget's if not given.
-        iterations: Adam steps per image; the budget's if not given.
-        group: images optimised together, whose statistics are compared.
-        image_lr: learning rate on the pixels; 0.2 if not given.
-        beta: weight of the images' class loss; 10 up to 64 pixels, 0.1 above.
-        gamma: exponent of the difficulty in it, 0 for plain cross-entropy; 2 up to 64 pixels, 0.5 above.
+        generators: how many learn, one after the other; the budget's if not given.
+        count: images to record; the budget's if not given.
+        shown: images a generator makes per step; the budget's if not given.
+        lead: first steps of each generator, whose images are not kept; the budget's if not given.
         scale: smallest share of an image that the random crops of the distillation keep; 1 for whole images.
-        rounding: steps of the reconstruction per block, 0 for none, which all budgets take.
-        lr: Adam's learning rate of weights, BatchNorm factors and biases; falls along half a cosine.
-        step_lr: the same, of step sizes and offsets.
+        lr: learning rate of the student's SGD; inundated layers hardly feel it, BatchNorm and bias do.
+        step_lr: the same, of learned step sizes and offsets.
         temperature: of the distillation term, which carries its square.
-        kl_reduction: batchmean (over images) or mean (over images and classes).
+        kl_reduction: mean (over batch and classes) or batchmean.
+        ranges: rule of the activation ranges: percentile, ema (of minimum and maximum), mse or learned.
+        weights: rule of the weights' ranges: live (minimum and maximum, at every call), mse (fixed) or learned.
+        rounding: steps of block-wise reconstruction before the distillation, per block, 0 for none; needs learned weights.
+        flip_rate: share of a layer's integer weights that must change per step, 0 for plain steps; 1e-3 up to 64
+            pixels, 1e-4 above.
+        flip_decay: factor on flip rate and learning rate at a quarter, half and three quarters of the run.
+        precision: of the convolutions of both networks in the distillation.
 
     Returns:
         Student, report, source and the numbers the presets settled on.
@@ -106,33 +119,45 @@ def zsq(
 
     | what | paper | official code | here | why | test |
     |---|---|---|---|---|---|
-    | ranges | min/max (HAST); least error, then learned (LSQ+) | min/max | least error, then learned, weights and activations | min/max wastes most of a 3-bit grid | tests/unit/test_zsq_recipe.py |
-    | reconstruction | first and last layer at 8 bits (BRECQ) | the same | all layers at the asked bits | the protocol of all-layer methods | tests/unit/test_reconstruction.py |
-    | distillation after reconstruction | none (BRECQ), KL without it (HAST) | the same | KL on crops of the images; reconstruction on request | no gain of it seen in short runs | tests/unit/test_zsq_recipe.py |
+    | images | a new batch per student step, made while the student waits (GDFQ, AIT) | the same | recorded once, drawn with replacement, cropped | the generator does not see the student; a draw costs a thousandth of a step of it | tests/unit/test_recorded.py |
+    | generator steps before the first image | 4 epochs of 200 | the same | 50 | early images are other images, not worse ones: docs/findings.md | tests/unit/test_zsq_recipe.py |
+    | activation range | EMA of minimum and maximum | its bias correction applied again at every step | least error of the rounded values | at 3 bits the largest lever found: docs/findings.md | tests/unit/test_zsq_recipe.py |
+    | flip rate | 1e-3, x 0.1 three times (AIT) | the same | the same | as executed | tests/unit/test_zsq_recipe.py |
+    | precision | float32 | float32 | bfloat16 convolutions, float32 quantizers and losses | no loss seen in short runs, 1.5 times faster where the processor has it | tests/unit/test_fit.py |
+    | learned steps (LSQ+), reconstruction (BRECQ) | each a method of its own | the same | options, off | no gain seen: docs/findings.md | tests/unit/test_zsq_recipe.py |
     """  # fmt: skip
+    small = max(teacher.image[1:]) <= 64
     plan = settle(
-        choose("--budget", budget, BUDGETS), choose("--fidelity", fidelity, FIDELITY),
-        steps=steps, warmup=warmup, batch=batch, count=count, iterations=iterations, group=group, image_lr=image_lr,
-        beta=beta, gamma=gamma, scale=scale, rounding=rounding, lr=lr, step_lr=step_lr, temperature=temperature,
-        kl_reduction=kl_reduction,
+        choose("--budget", budget, SMALL if small else LARGE), choose("--fidelity", fidelity, FIDELITY),
+        {"flip_rate": 1e-3 if small else 1e-4},
+        steps=steps, warmup=warmup, batch=batch, generators=generators, count=count, shown=shown, lead=lead, scale=scale, lr=lr,
+        step_lr=step_lr, temperature=temperature, kl_reduction=kl_reduction, ranges=ranges, weights=weights,
+        rounding=rounding, flip_rate=flip_rate, flip_decay=flip_decay, precision=precision,
     )  # fmt: skip
-    student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LearnedStep, act=LearnedStep))
-    make = partial(source, teacher, batch=plan.batch, fidelity=fidelity, count=plan.count, iterations=plan.iterations,
-                   group=plan.group, image_lr=image_lr, beta=beta, gamma=gamma)  # fmt: skip
+    rules = choose("--weights", plan.weights, WEIGHTS), choose("--ranges", plan.ranges, ACTIVATIONS)
+    student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=rules[0], act=rules[1]))
+    make = partial(source, teacher, batch=plan.batch, fidelity=fidelity, generators=plan.generators, count=plan.count,
+                   shown=plan.shown, lead=plan.lead)  # fmt: skip
     pool = feed(images, make, batch=plan.batch)
     batches = CropSource(pool, scale=(plan.scale, 1.0)) if plan.scale < 1 else pool
 
     calibrate(student, pool, steps=plan.warmup, run=run)
     if plan.rounding:
-        reconstruct(student, teacher, pool, steps=plan.rounding, run=run, count=plan.count, micro_batch=micro_batch)
+        reconstruct(student, teacher, pool, steps=plan.rounding, run=run, micro_batch=micro_batch)
 
     def student_loss(s: View, t: View, batch: Batch) -> dict[str, Tensor]:
-        return {"kl": losses.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction)}
+        return {"kl": teacher.outputs.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction)}
 
-    adam = Adam(_groups(student, plan.lr, plan.step_lr))
-    decay = CosineAnnealingLR(adam, max(1, plan.steps))
-    fit(student, teacher, batches, student_loss, adam, steps=plan.steps, run=run, schedulers=[decay],
-        micro_batch=micro_batch, history_of=partial(codes_and_latents, student))  # fmt: skip
+    later = milestones_at((0.25, 0.5, 0.75), plan.steps)
+    sgd = SGD(_groups(student, plan.lr, plan.step_lr), momentum=0.9, nesterov=True)
+    decay = MultiStepLR(sgd, later, gamma=flip_decay)
+    flood = None
+    if plan.flip_rate:
+        flood = GradientInundation(sgd, quantized_weights(student), flip_rate=plan.flip_rate, milestones=later,
+                                   decay=flip_decay)  # fmt: skip
+    fit(student, teacher, batches, student_loss, sgd, steps=plan.steps, run=run, schedulers=[decay], inundation=flood,
+        micro_batch=micro_batch, precision=precision,
+        history_of=partial(codes_and_latents, student))  # fmt: skip
     return Outcome(student, report, batches, vars(plan))
 
 

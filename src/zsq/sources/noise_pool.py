@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -10,21 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from zsq.checkpoint import save_tree
 from zsq.errors import BadInput
 from zsq.run import Run
 from zsq.sources.base import Batch
 from zsq.sources.generator import Loss, autocast, learning
 from zsq.sources.noise import balanced_labels
-from zsq.sources.pool import PoolSource
+from zsq.sources.pool import HELD_OUT, MadePool
 from zsq.view import frozen, look
 
 if TYPE_CHECKING:
     from zsq.teachers import Teacher
 
 STAGE = "synthesise"
-FILE = "pool.safetensors"  # in the run directory; `--images` reads it
-HELD_OUT = 9  # one image in nine: an eighth more than asked for
 FACTOR, LOWEST = 0.1, 1e-4  # of the published learning-rate schedule
 
 
@@ -170,7 +166,7 @@ class Synthesis:
         now["waited"] = torch.where(late, 0.0, now["waited"])
 
 
-class NoiseSource:
+class NoiseSource(MadePool):
     """Batches from a pool of optimised images. `prepare` makes the pool; `calibrate` and `fit` ask for it.
 
     An eighth more images than asked for are made and held out: `sample` reads only those.
@@ -213,14 +209,10 @@ class NoiseSource:
                 raise BadInput(option, expected=f"a number from {least}", got=value, fix="Choose a larger one.")
         if schedule not in ("cosine", "plateau"):
             raise BadInput("--image-schedule", expected="cosine or plateau", got=repr(schedule), fix="Choose one.")
-        self.name, self.batch = name, batch
-        self.metrics: dict[str, Tensor] = {}
-        self._teacher, self._count = teacher, count
-        self._pool: PoolSource | None = None
-        self._facts = {"images": f"{count} and an eighth more, held out at the end", "iterations": iterations,
-                       "group": group, "lr": lr, "schedule": schedule, "precision": precision,
-                       "start": start}  # fmt: skip
-        self._labelled = labelled
+        facts = {"images": f"{count} and an eighth more, held out at the end", "iterations": iterations, "group": group,
+                 "lr": lr, "schedule": schedule, "precision": precision, "start": start}  # fmt: skip
+        super().__init__(teacher, name=name, batch=batch, facts=facts)
+        self._count, self._labelled = count, labelled
         self._make: Callable[[Tensor], Synthesis] = lambda labels: Synthesis(
             teacher, labels, loss_of, group=group, iterations=iterations, lr=lr, schedule=schedule, augment=augment,
             features=features, precision=precision, start=start, patience=patience,
@@ -235,37 +227,4 @@ class NoiseSource:
         for number in run.steps(STAGE, work.total, pool=work):
             run.log(**work.step(number, run))
         images, made_for = work.result()
-        labels = made_for if self._labelled else None
-        if run.path is not None and not (run.path / FILE).exists():
-            facts = {"method": self.name, "teacher": self._teacher.name, "fingerprint": self._teacher.fingerprint,
-                     "seed": run.seed, "pixels": "normalised as the teacher's input", **self._facts}  # fmt: skip
-            tree = {"images": images.cpu()} | ({} if labels is None else {"labels": labels.cpu()})
-            save_tree(run.path / FILE, tree, metadata={"provenance": json.dumps(facts)})
-        held_out = max(1, len(images) // HELD_OUT)
-        self._pool = PoolSource(images, labels, name=self.name, batch=self.batch, held_out=held_out)
-
-    def draw(self, rng: torch.Generator) -> Batch:
-        """A batch drawn with replacement from the part that is not held out."""
-        pool = self._ready()
-        pool.batch = self.batch
-        return pool.draw(rng)
-
-    def sample(self, count: int, rng: torch.Generator) -> Batch:
-        """Up to `count` held-out images, in a random order, each at most once."""
-        return self._ready().sample(count, rng)
-
-    def pick(self, count: int, rng: torch.Generator) -> Batch:
-        """Up to `count` images of the part that is not held out, in a random order, each at most once."""
-        return self._ready().pick(count, rng)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the pool is in the checkpoint of its own stage."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-    def _ready(self) -> PoolSource:
-        if self._pool is None:
-            raise ValueError(f"source {self.name}: expected prepare(run) before the first draw")
-        return self._pool
+        self._keep(images, made_for if self._labelled else None, run)

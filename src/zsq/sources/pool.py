@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from zsq.checkpoint import save_tree
 from zsq.errors import BadInput
 from zsq.sources.base import Batch
 from zsq.teachers.weight_files import read_weights
+
+if TYPE_CHECKING:
+    from zsq.run import Run
+    from zsq.teachers import Teacher
+
+FILE = "pool.safetensors"  # in the run directory; `--images` reads it
+HELD_OUT = 9  # one image in nine: an eighth more than asked for
 
 
 class PoolSource:
     """Draws batches from a tensor of images; learns nothing.
 
     Args:
-        images: shape [n, c, h, w], in the teacher's normalised space.
+        images: shape [n, c, h, w], in the teacher's normalised space; kept as given, drawn in float32.
         labels: shape [n], int64, or None.
         name: where the images came from; named in the summary.
         batch: images per draw.
@@ -64,7 +74,7 @@ class PoolSource:
 
     def _pick(self, index: Tensor) -> Batch:
         index = index.to(self._images.device)
-        return Batch(self._images[index], None if self._labels is None else self._labels[index])
+        return Batch(self._images[index].float(), None if self._labels is None else self._labels[index])
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to save: the pool is the user's file."""
@@ -72,6 +82,59 @@ class PoolSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+class MadePool:
+    """What sources share that make their pool before the first draw: `prepare` of a subclass makes it.
+
+    Args:
+        teacher: what the images are made for.
+        name: for logs and summaries.
+        batch: images per draw.
+        facts: how the images are made; goes into the file.
+    """
+
+    def __init__(self, teacher: Teacher, *, name: str, batch: int, facts: Mapping[str, Any]) -> None:
+        self.name, self.batch = name, batch
+        self.metrics: dict[str, Tensor] = {}
+        self._teacher, self.facts = teacher, dict(facts)
+        self._pool: PoolSource | None = None
+
+    def draw(self, rng: torch.Generator) -> Batch:
+        """A batch drawn with replacement from the part that is not held out."""
+        pool = self._ready()
+        pool.batch = self.batch
+        return pool.draw(rng)
+
+    def sample(self, count: int, rng: torch.Generator) -> Batch:
+        """Up to `count` held-out images, in a random order, each at most once."""
+        return self._ready().sample(count, rng)
+
+    def pick(self, count: int, rng: torch.Generator) -> Batch:
+        """Up to `count` images of the part that is not held out, in a random order, each at most once."""
+        return self._ready().pick(count, rng)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the pool is in the checkpoint of its own stage."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def _keep(self, images: Tensor, labels: Tensor | None, run: Run) -> None:
+        """Draw from these images from now on, all but one in nine, and write them to the run's directory."""
+        if run.path is not None and not (run.path / FILE).exists():
+            facts = {"method": self.name, "teacher": self._teacher.name, "fingerprint": self._teacher.fingerprint,
+                     "seed": run.seed, "pixels": "normalised as the teacher's input", **self.facts}  # fmt: skip
+            tree = {"images": images.cpu()} | ({} if labels is None else {"labels": labels.cpu()})
+            save_tree(run.path / FILE, tree, metadata={"provenance": json.dumps(facts)})
+        held_out = max(1, len(images) // HELD_OUT)
+        self._pool = PoolSource(images, labels, name=self.name, batch=self.batch, held_out=held_out)
+
+    def _ready(self) -> PoolSource:
+        if self._pool is None:
+            raise ValueError(f"source {self.name}: expected prepare(run) before the first draw")
+        return self._pool
 
 
 def read_pool(path: Path, *, image: tuple[int, int, int], classes: int) -> tuple[Tensor, Tensor | None]:
