@@ -49,7 +49,7 @@ browser:          ## try again to install Chromium for the tests of the report's
 demo: $(CORE)     ## quantize the digits network to 4 bits without data, and score it (build/demo)
 	@rm -rf build/demo
 	@# images of 8x8 pixels: a second thread gains nothing, and on a busy machine costs much
-	OMP_NUM_THREADS=1 $(BIN)/zsq quantize digits --recipe ait --bits 4 --budget quick --eval digits --run build/demo
+	OMP_NUM_THREADS=1 $(BIN)/zsq quantize digits --bits 4 --budget quick --eval digits --run build/demo
 
 test: $(ALL) .venv/.browser  ## the whole test suite
 	$(PYTEST)

@@ -58,7 +58,7 @@ class Holder(nn.Module):
 def six_classes():
     return nn.Sequential(*list(net())[:-1], nn.Linear(8, 6))
 """
-SHORT = ("--steps", "3", "--warmup", "3", "--batch", "8")
+SHORT = ("--recipe", "ait", "--steps", "3", "--warmup", "3", "--batch", "8")
 
 
 class Folder(NamedTuple):

@@ -18,7 +18,7 @@ from zsq.errors import BadInput, ZsqError
 from zsq.options import AnalysisOptions, QuantOptions, ReportOptions, RunOptions, TeacherOptions, recipe_options
 from zsq.usage import explain, in_words, json_text
 
-DEFAULT_RECIPE = "ait"
+DEFAULT_RECIPE = "zsq"
 
 app = App(
     name="zsq",

@@ -195,3 +195,39 @@ class ConditionalGenerator(nn.Module):
 def _nearest(size: int, up: int) -> int:
     """Multiple of 4 just below (up=0) or above (up=1) a size, at least 4; the size itself if it is one."""
     return max(4, (size + 3 * up) // 4 * 4)
+
+
+class AddingGenerator(ConditionalGenerator):
+    """GDFQ's network with the label's embedding added to the latent, not multiplied into it.
+
+    The product of an embedding and a symmetric z has mean zero whatever the label: the class is only in second moments,
+    and with 100 classes the network does not find it within hundreds of steps. The sum has the class in its mean:
+    dozens of steps are enough.
+
+    Args:
+        classes, image, latent, rng: as in `ConditionalGenerator`.
+        strength: factor on the embedding, which starts as N(0, 1).
+
+    Raises:
+        BadInput: as in `ConditionalGenerator`.
+
+    Source: own; the label input of GDFQ (arXiv 2003.03603), changed.
+
+    Example:
+        >>> net = AddingGenerator(100, (3, 32, 32))
+        >>> net(torch.randn(4, 100), torch.arange(4)).shape
+        torch.Size([4, 3, 32, 32])
+    """
+
+    def __init__(
+        self, classes: int, image: tuple[int, int, int], latent: int = 100, *, strength: float = 2.0,
+        rng: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(classes, image, latent, conditional=False, rng=rng)
+        self.strength = strength
+
+    def embed(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Give the input of the first linear layer, shape [b, latent]."""
+        if self.embedding is None:
+            return z
+        return torch.add(z, lookup(self.embedding.weight, labels), alpha=self.strength)

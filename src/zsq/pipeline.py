@@ -43,7 +43,7 @@ def produce(
     teacher: Teacher,
     run: Run,
     *,
-    recipe: str = "ait",
+    recipe: str = "zsq",
     spec: QuantSpec | None = None,
     images: Source | None = None,
     options: dict[str, Any] | None = None,

@@ -94,6 +94,14 @@ def test_help_shows_every_option(zsq: Command, name: str) -> None:
     assert "TEACHER" in said.out
 
 
+def test_the_default_recipe_is_ours(zsq: Command, folder: Folder) -> None:
+    assert "--generators" in zsq("quantize", "--help").out
+    short = ["--steps", 2, "--warmup", 1, "--batch", 8, "--count", 32, "--shown", 8, "--lead", 1]
+    said = zsq("quantize", *folder.teacher(), "--json", *short)
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["recipe"] == "zsq" and Path("runs/mine.py-net-zsq-W4A4-s0/pool.safetensors").exists()
+
+
 def test_other_recipes_have_other_options(zsq: Command) -> None:
     assert "--flip-rate" in zsq("quantize", "--recipe=ait", "--help").out
     assert "--flip-rate" not in zsq("quantize", "--recipe=gdfq", "--help").out
@@ -118,7 +126,7 @@ def test_a_saved_pool(zsq: Command, folder: Folder, finished_run: Path, recipe: 
 
     images = load_tree(finished_run / "images.safetensors")["images"]
     save_file({"images": images, "labels": torch.arange(len(images)) % 10}, tmp_path / "pool.safetensors")
-    short = SHORT if "steps" in inspect.signature(recipes.load(recipe)).parameters else SHORT[2:]
+    short = SHORT[2:] if "steps" in inspect.signature(recipes.load(recipe)).parameters else SHORT[4:]
     said = zsq("quantize", *folder.teacher(), "--recipe", recipe, "--images", "pool.safetensors", "--json", *short)
     assert said.code == 0, said.err
     summary = json.loads(said.out)
@@ -251,7 +259,7 @@ def test_ctrl_c_outside_a_run(zsq: Command, monkeypatch: pytest.MonkeyPatch) -> 
 
 # ---- killed and resumed, real processes
 
-LONG = ("--steps", "300", "--warmup", "50", "--batch", "8", "--json")
+LONG = ("--recipe", "ait", "--steps", "300", "--warmup", "50", "--batch", "8", "--json")
 
 
 def start(folder: Folder, run: Path, *more: str) -> subprocess.Popen[str]:

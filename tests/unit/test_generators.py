@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsq.errors import BadInput
-from zsq.generators import BatchStatsNorm, ConditionalGenerator, UpConv
+from zsq.generators import AddingGenerator, BatchStatsNorm, ConditionalGenerator, UpConv
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gdfq.json").read_text(encoding="utf-8"))
 
@@ -84,6 +84,20 @@ def test_embedding_form(layout: torch.memory_format) -> None:
     net = ConditionalGenerator(10, (3, 12, 8)).double().to(memory_format=layout)
     z, y = inputs(6)
     torch.testing.assert_close(net(z.double(), y), Plain(net)(z.double(), y), rtol=0, atol=1e-11)
+
+
+def test_added_labels_are_in_the_mean_of_the_latent_and_multiplied_ones_are_not() -> None:
+    rng = torch.Generator().manual_seed(0)
+    z, y = torch.randn(4000, 16, generator=rng), torch.arange(2).repeat_interleave(2000)
+    added = AddingGenerator(2, (3, 8, 8), latent=16, strength=3.0, rng=rng)
+    assert not added.conditional and AddingGenerator(4, (3, 68, 8), latent=8).conditional is False
+    assert added.embedding is not None
+    means = added.embed(z, y).unflatten(0, (2, 2000)).mean(1)
+    assert torch.allclose(means, 3 * added.embedding.weight, atol=0.15)
+    plain = ConditionalGenerator(2, (3, 8, 8), latent=16, rng=rng)
+    assert plain.embed(z, y).unflatten(0, (2, 2000)).mean(1).abs().max() < 0.15
+    soft = F.one_hot(y, 2).float()
+    torch.testing.assert_close(added.embed(z, soft), added.embed(z, y))
 
 
 def test_conditional_form_starts_like_an_unconditional_one_and_uses_labels() -> None:

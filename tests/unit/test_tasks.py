@@ -255,7 +255,8 @@ def test_a_run_is_found_from_another_folder(
 ) -> None:
     monkeypatch.chdir(folder.path)
     weights = ["mine.py:net", "--weights", "net.safetensors"]
-    assert zsq("quantize", *weights, "--steps", 1, "--warmup", 1, "--batch", 8, "--run", "run").code == 0
+    short = ["--recipe", "ait", "--steps", 1, "--warmup", 1, "--batch", 8]
+    assert zsq("quantize", *weights, *short, "--run", "run").code == 0
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     said = zsq("evaluate", folder.path / "run", "--json")
     assert said.code == 0, said.err

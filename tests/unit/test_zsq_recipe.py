@@ -22,7 +22,7 @@ from zsq.run import Run
 from zsq.teachers import Teacher
 
 SHORT: dict[str, Any] = {"steps": 4, "warmup": 2, "lead": 2, "batch": 8, "count": 32, "shown": 8}
-LEARNED: dict[str, Any] = {"weights": "learned", "ranges": "learned"}
+LEARNED: dict[str, Any] = {"weight_ranges": "learned", "ranges": "learned"}
 
 
 def outcome(
@@ -70,6 +70,11 @@ def test_calibration_only_trains_nothing() -> None:
     assert all(torch.equal(own[f"{w.name}.weight"], w.parameter) for w in quantized_weights(found.student))
 
 
+def test_the_learning_rate_follows_the_number_of_classes() -> None:
+    assert outcome().plan["lr"] == pytest.approx(3e-3)
+    assert outcome(lr=0.5).plan["lr"] == 0.5
+
+
 def test_steps_have_their_own_learning_rate() -> None:
     def state(rate: float) -> dict[str, torch.Tensor]:
         return dict(outcome(**LEARNED, step_lr=rate).student.named_parameters())
@@ -82,7 +87,7 @@ def test_steps_have_their_own_learning_rate() -> None:
     assert not torch.equal(still["0.weight"], started["0.weight"])
 
 
-def test_every_layer_moves_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_flip_rate_every_layer_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, torch.Tensor]] = []
     real = Run.log
 
@@ -101,8 +106,8 @@ def test_every_layer_moves_at_every_step(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Run, "log", log)
     monkeypatch.setattr(recipes.module("zsq"), "quantize", watched)
-    outcome(flip_rate=0.05, flip_decay=1.0)
-    assert len(seen) == 4 and len(layers) == 3
+    outcome(flip_rate=0.05, steps=3)
+    assert len(seen) == 3 and len(layers) == 3
     for before, after in itertools.pairwise(seen):
         for weight in layers:
             grid = weight.grid(before[weight.name])
@@ -113,7 +118,7 @@ def test_every_layer_moves_at_every_step(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_reconstruction_needs_ranges_that_stay() -> None:
     with pytest.raises(BadInput, match="weight"):
         outcome(rounding=2)
-    assert outcome(rounding=2, weights="learned").plan["rounding"] == 2
+    assert outcome(rounding=2, weight_ranges="learned").plan["rounding"] == 2
 
 
 def test_images_are_made_once_and_drawn_often(tmp_path: Path) -> None:
@@ -157,7 +162,7 @@ class Killed(BaseException):
 # in the images, in the ranges, in the reconstruction, in the distillation
 @pytest.mark.parametrize("at", [2, 8, 11, 14])
 def test_a_killed_run_ends_with_the_same_bits(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**SHORT, "weights": "learned", "rounding": 2}
+    options = {**SHORT, "weight_ranges": "learned", "rounding": 2}
     whole = outcome(path=tmp_path / "whole", **options).student.state_dict()
     count, real = 0, Run.log
 

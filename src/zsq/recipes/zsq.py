@@ -1,7 +1,8 @@
-"""Ours: images recorded while a generator learns, ranges of least error, distillation on crops with inundated steps.
+"""Ours: images recorded while a generator learns, ranges of least error, distillation alone on crops of them.
 
-A generator (GDFQ's) never sees the student, so its images are made once and drawn many times. The student learns from the
-teacher alone, with AIT's steps, in bfloat16. Reconstruction and learned steps are options: neither helped.
+A generator never sees the student, so its images are made once and drawn many times; its labels are added to the latent.
+The student learns from the teacher's logits in bfloat16. What did not help is an option: inundation, learned steps,
+reconstruction.
 """
 
 from __future__ import annotations
@@ -13,31 +14,36 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from zsq import losses
 from zsq.fit import calibrate, fit
+from zsq.generators import AddingGenerator
 from zsq.insert import QuantSpec, codes_and_latents, quantize, quantized_weights
 from zsq.inundation import GradientInundation
 from zsq.presets import RANGES, Outcome, choose, feed, milestones_at, settle
 from zsq.quantizer import LearnedStep, LiveMinMax, MseRange
-from zsq.recipes.gdfq import source as gdfq_source
 from zsq.reconstruction import reconstruct
 from zsq.run import Run
-from zsq.sources.base import Batch, Source
+from zsq.sources.base import Batch, Source, require_image_labels
 from zsq.sources.crops import CropSource
+from zsq.sources.generator import GeneratorSource
 from zsq.sources.recorded import RecordedSource
 from zsq.teachers import Teacher
 from zsq.view import View
 
-PAPER = "ours, 2026; images arXiv 2003.03603, steps arXiv 2203.17008"
-PARTS = "images recorded from generators | live min/max weights, least-error activations | KL on crops, inundation"
+PAPER = "ours, 2026; from arXiv 2003.03603 (generator) and 2203.17008 (KL alone)"
+PARTS = "images recorded from generators | live min/max weights, least-error activations | KL on crops"
 WEIGHTS: dict[str, Callable[..., Any]] = {"live": LiveMinMax, "mse": MseRange, "learned": LearnedStep}
+LR_PER_CLASS = 3e-4  # the mean over classes divides the gradient by their number; so does a high temperature
 ACTIVATIONS: dict[str, Callable[..., Any]] = RANGES | {"learned": LearnedStep}
 
-FIDELITY: dict[str, dict[str, Any]] = {"best": {"ranges": "mse", "weights": "live", "lr": 1e-3, "step_lr": 1e-4}}
+FIDELITY: dict[str, dict[str, Any]] = {
+    "best": {"ranges": "mse", "weight_ranges": "live", "step_lr": 1e-4, "class_weight": 0.1, "bn_weight": 1.0}
+}
 SMALL: dict[str, dict[str, Any]] = {  # images up to 64 pixels
-    "quick": {"generators": 1, "count": 16_384, "shown": 64, "lead": 50, "warmup": 10, "steps": 500, "batch": 64},
-    "standard": {"generators": 2, "count": 32_768, "shown": 64, "lead": 50, "warmup": 10, "steps": 2000, "batch": 64},
+    "quick": {"generators": 1, "count": 8192, "shown": 64, "lead": 25, "warmup": 10, "steps": 400, "batch": 64},
+    "standard": {"generators": 2, "count": 16_384, "shown": 64, "lead": 25, "warmup": 10, "steps": 1500, "batch": 64},
     "paper": {"generators": 8, "count": 131_072, "shown": 200, "lead": 100, "warmup": 20, "steps": 79_200, "batch": 200},
 }
 LARGE: dict[str, dict[str, Any]] = {
@@ -49,9 +55,9 @@ LARGE: dict[str, dict[str, Any]] = {
 
 def source(
     teacher: Teacher, *, batch: int, milestones: tuple[int, ...] = (), fidelity: str = "best", generators: int = 1,
-    count: int = 16_384, shown: int = 64, lead: int = 50,
+    count: int = 8192, shown: int = 64, lead: int = 25, class_weight: float = 0.1, bn_weight: float = 1.0,
 ) -> RecordedSource:  # fmt: skip
-    """Images of GDFQ's generator, recorded at every step of its training.
+    """Images of a generator, recorded at every step of its training.
 
     Args:
         teacher: needs BatchNorm layers.
@@ -62,10 +68,22 @@ def source(
         count: images to draw from, of all generators together.
         shown: images a generator makes per step.
         lead: first steps of each generator, whose images are not kept.
+        class_weight: weight of the generator's cross-entropy with the label asked for.
+        bn_weight: weight of its statistics term.
     """
     choose("--fidelity", fidelity, FIDELITY)
+    require_image_labels(teacher, "zsq")
     length = lead + 9 * count // (8 * max(1, generators) * max(1, shown))
-    build = partial(gdfq_source, teacher, batch=shown, milestones=milestones_at((0.6, 0.85), length))
+
+    def generator_loss(t: View, made: Batch) -> dict[str, Tensor]:
+        asked = class_weight * losses.cross_entropy(t.logits, made.labels)
+        return {"g_ce": asked, "g_bns": bn_weight * losses.bn_gap(t.norms)}
+
+    def build() -> GeneratorSource:
+        net = AddingGenerator(teacher.classes, teacher.image)
+        return GeneratorSource(teacher, net, generator_loss, name="zsq", batch=shown,
+                               milestones=milestones_at((0.6, 0.85), length))  # fmt: skip
+
     return RecordedSource(teacher, [build] * generators, name="zsq", batch=batch, count=count, shown=shown, lead=lead)
 
 
@@ -73,13 +91,13 @@ def zsq(
     teacher: Teacher, run: Run, *, spec: QuantSpec | None = None, images: Source | None = None,
     budget: str = "quick", fidelity: str = "best", steps: int | None = None, warmup: int | None = None,
     batch: int | None = None, micro_batch: int | None = None, generators: int | None = None,
-    count: int | None = None, shown: int | None = None, lead: int | None = None, scale: float = 0.5,
+    count: int | None = None, shown: int | None = None, lead: int | None = None, class_weight: float | None = None,
+    bn_weight: float | None = None, scale: float = 0.5,
     lr: float | None = None, step_lr: float | None = None, temperature: float = 20.0,
     kl_reduction: Literal["mean", "batchmean"] = "mean",
     ranges: Literal["percentile", "ema", "mse", "learned"] | None = None,
-    weights: Literal["live", "mse", "learned"] | None = None, rounding: int = 0,
-    flip_rate: float | None = None, flip_decay: float = 0.1,
-    precision: Literal["bf16", "float32"] = "bf16",
+    weight_ranges: Literal["live", "mse", "learned"] | None = None, rounding: int = 0,
+    flip_rate: float = 0.0, precision: Literal["bf16", "float32"] = "bf16",
 ) -> Outcome:  # fmt: skip
     """Quantize `teacher` with our own recipe.
 
@@ -98,17 +116,19 @@ def zsq(
         count: images to record; the budget's if not given.
         shown: images a generator makes per step; the budget's if not given.
         lead: first steps of each generator, whose images are not kept; the budget's if not given.
+        class_weight: weight of the generator's cross-entropy with the label asked for.
+        bn_weight: weight of its BatchNorm-statistics term.
         scale: smallest share of an image that the random crops of the distillation keep; 1 for whole images.
-        lr: learning rate of the student's SGD; inundated layers hardly feel it, BatchNorm and bias do.
+        lr: learning rate of the student's SGD, falls along half a cosine; 3e-4 times the number of classes if not given.
         step_lr: the same, of learned step sizes and offsets.
         temperature: of the distillation term, which carries its square.
         kl_reduction: mean (over batch and classes) or batchmean.
         ranges: rule of the activation ranges: percentile, ema (of minimum and maximum), mse or learned.
-        weights: rule of the weights' ranges: live (minimum and maximum, at every call), mse (fixed) or learned.
-        rounding: steps of block-wise reconstruction before the distillation, per block, 0 for none; needs learned weights.
-        flip_rate: share of a layer's integer weights that must change per step, 0 for plain steps; 1e-3 up to 64
-            pixels, 1e-4 above.
-        flip_decay: factor on flip rate and learning rate at a quarter, half and three quarters of the run.
+        weight_ranges: rule of the weights' ranges: live (minimum and maximum, at every call), mse (fixed) or learned.
+        rounding: steps of block-wise reconstruction before the distillation, per block, 0 for none; needs weight ranges
+            that do not follow the weights.
+        flip_rate: share of a layer's integer weights that must change per step (AIT), x 0.1 at a quarter, half and three
+            quarters of the run; 0 for plain steps.
         precision: of the convolutions of both networks in the distillation.
 
     Returns:
@@ -119,25 +139,27 @@ def zsq(
 
     | what | paper | official code | here | why | test |
     |---|---|---|---|---|---|
+    | label input of the generator | multiplied into the latent (GDFQ) | the same | added to it | 100 classes are learned in 50 steps instead of not in 400 | tests/unit/test_generators.py |
     | images | a new batch per student step, made while the student waits (GDFQ, AIT) | the same | recorded once, drawn with replacement, cropped | the generator does not see the student; a draw costs a thousandth of a step of it | tests/unit/test_recorded.py |
-    | generator steps before the first image | 4 epochs of 200 | the same | 50 | early images are other images, not worse ones: docs/findings.md | tests/unit/test_zsq_recipe.py |
+    | generator steps before the first image | 4 epochs of 200 | the same | 25 | early images are other images, not worse ones: docs/findings.md | tests/unit/test_zsq_recipe.py |
     | activation range | EMA of minimum and maximum | its bias correction applied again at every step | least error of the rounded values | at 3 bits the largest lever found: docs/findings.md | tests/unit/test_zsq_recipe.py |
-    | flip rate | 1e-3, x 0.1 three times (AIT) | the same | the same | as executed | tests/unit/test_zsq_recipe.py |
+    | flip rate | 1e-3, x 0.1 three times (AIT) | the same | 0: plain steps of a rate that moves codes by itself; option | no gain seen: docs/findings.md | tests/unit/test_zsq_recipe.py |
     | precision | float32 | float32 | bfloat16 convolutions, float32 quantizers and losses | no loss seen in short runs, 1.5 times faster where the processor has it | tests/unit/test_fit.py |
     | learned steps (LSQ+), reconstruction (BRECQ) | each a method of its own | the same | options, off | no gain seen: docs/findings.md | tests/unit/test_zsq_recipe.py |
     """  # fmt: skip
     small = max(teacher.image[1:]) <= 64
     plan = settle(
         choose("--budget", budget, SMALL if small else LARGE), choose("--fidelity", fidelity, FIDELITY),
-        {"flip_rate": 1e-3 if small else 1e-4},
-        steps=steps, warmup=warmup, batch=batch, generators=generators, count=count, shown=shown, lead=lead, scale=scale, lr=lr,
-        step_lr=step_lr, temperature=temperature, kl_reduction=kl_reduction, ranges=ranges, weights=weights,
-        rounding=rounding, flip_rate=flip_rate, flip_decay=flip_decay, precision=precision,
+        {"lr": LR_PER_CLASS * teacher.classes},
+        steps=steps, warmup=warmup, batch=batch, generators=generators, count=count, shown=shown, lead=lead,
+        class_weight=class_weight, bn_weight=bn_weight, scale=scale, lr=lr, step_lr=step_lr, temperature=temperature,
+        kl_reduction=kl_reduction, ranges=ranges, weight_ranges=weight_ranges, rounding=rounding, flip_rate=flip_rate,
+        precision=precision,
     )  # fmt: skip
-    rules = choose("--weights", plan.weights, WEIGHTS), choose("--ranges", plan.ranges, ACTIVATIONS)
+    rules = choose("--weight-ranges", plan.weight_ranges, WEIGHTS), choose("--ranges", plan.ranges, ACTIVATIONS)
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=rules[0], act=rules[1]))
     make = partial(source, teacher, batch=plan.batch, fidelity=fidelity, generators=plan.generators, count=plan.count,
-                   shown=plan.shown, lead=plan.lead)  # fmt: skip
+                   shown=plan.shown, lead=plan.lead, class_weight=plan.class_weight, bn_weight=plan.bn_weight)  # fmt: skip
     pool = feed(images, make, batch=plan.batch)
     batches = CropSource(pool, scale=(plan.scale, 1.0)) if plan.scale < 1 else pool
 
@@ -148,13 +170,12 @@ def zsq(
     def student_loss(s: View, t: View, batch: Batch) -> dict[str, Tensor]:
         return {"kl": teacher.outputs.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction)}
 
-    later = milestones_at((0.25, 0.5, 0.75), plan.steps)
     sgd = SGD(_groups(student, plan.lr, plan.step_lr), momentum=0.9, nesterov=True)
-    decay = MultiStepLR(sgd, later, gamma=flip_decay)
+    decay = CosineAnnealingLR(sgd, max(1, plan.steps))
     flood = None
     if plan.flip_rate:
-        flood = GradientInundation(sgd, quantized_weights(student), flip_rate=plan.flip_rate, milestones=later,
-                                   decay=flip_decay)  # fmt: skip
+        flood = GradientInundation(sgd, quantized_weights(student), flip_rate=plan.flip_rate,
+                                   milestones=milestones_at((0.25, 0.5, 0.75), plan.steps))  # fmt: skip
     fit(student, teacher, batches, student_loss, sgd, steps=plan.steps, run=run, schedulers=[decay], inundation=flood,
         micro_batch=micro_batch, precision=precision,
         history_of=partial(codes_and_latents, student))  # fmt: skip
