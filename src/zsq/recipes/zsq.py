@@ -46,10 +46,10 @@ SMALL: dict[str, dict[str, Any]] = {  # images up to 64 pixels
     "standard": {"generators": 2, "count": 16_384, "shown": 64, "lead": 25, "warmup": 10, "steps": 1500, "batch": 64},
     "paper": {"generators": 8, "count": 131_072, "shown": 200, "lead": 100, "warmup": 20, "steps": 79_200, "batch": 200},
 }
-LARGE: dict[str, dict[str, Any]] = {
-    "quick": {"generators": 1, "count": 2048, "shown": 16, "lead": 100, "warmup": 20, "steps": 400, "batch": 16},
-    "standard": {"generators": 2, "count": 8192, "shown": 16, "lead": 200, "warmup": 20, "steps": 2000, "batch": 16},
-    "paper": {"generators": 4, "count": 32_768, "shown": 16, "lead": 1000, "warmup": 50, "steps": 70_000, "batch": 64},
+LARGE: dict[str, dict[str, Any]] = {  # the pool is kept in memory, 300 kB an image at 224 pixels
+    "quick": {"generators": 1, "count": 1024, "shown": 16, "lead": 100, "warmup": 20, "steps": 400, "batch": 16},
+    "standard": {"generators": 2, "count": 2048, "shown": 16, "lead": 200, "warmup": 20, "steps": 2000, "batch": 16},
+    "paper": {"generators": 4, "count": 8192, "shown": 16, "lead": 1000, "warmup": 50, "steps": 70_000, "batch": 64},
 }
 
 
@@ -140,7 +140,7 @@ def zsq(
     | what | paper | official code | here | why | test |
     |---|---|---|---|---|---|
     | label input of the generator | multiplied into the latent (GDFQ) | the same | added to it | 100 classes are learned in 50 steps instead of not in 400 | tests/unit/test_generators.py |
-    | images | a new batch per student step, made while the student waits (GDFQ, AIT) | the same | recorded once, drawn with replacement, cropped | the generator does not see the student; a draw costs a thousandth of a step of it | tests/unit/test_recorded.py |
+    | images | a new batch per student step, made while the student waits (GDFQ, AIT) | the same | recorded once, drawn with replacement, cropped | the generator does not see the student, and its step is more than half of a step of ait | tests/unit/test_recorded.py |
     | generator steps before the first image | 4 epochs of 200 | the same | 25 | early images are other images, not worse ones: docs/findings.md | tests/unit/test_zsq_recipe.py |
     | activation range | EMA of minimum and maximum | its bias correction applied again at every step | least error of the rounded values | at 3 bits the largest lever found: docs/findings.md | tests/unit/test_zsq_recipe.py |
     | flip rate | 1e-3, x 0.1 three times (AIT) | the same | 0: plain steps of a rate that moves codes by itself; option | no gain seen: docs/findings.md | tests/unit/test_zsq_recipe.py |
