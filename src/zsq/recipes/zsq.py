@@ -92,9 +92,8 @@ def zsq(
     budget: str = "quick", fidelity: str = "best", steps: int | None = None, warmup: int | None = None,
     batch: int | None = None, micro_batch: int | None = None, generators: int | None = None,
     count: int | None = None, shown: int | None = None, lead: int | None = None, class_weight: float | None = None,
-    bn_weight: float | None = None, scale: float = 0.5,
-    lr: float | None = None, step_lr: float | None = None, temperature: float = 20.0,
-    kl_reduction: Literal["mean", "batchmean"] = "mean",
+    bn_weight: float | None = None, scale: float = 0.5, lr: float | None = None, step_lr: float | None = None,
+    temperature: float = 20.0, kl_reduction: Literal["mean", "batchmean"] = "mean",
     ranges: Literal["percentile", "ema", "mse", "learned"] | None = None,
     weight_ranges: Literal["live", "mse", "learned"] | None = None, rounding: int = 0,
     flip_rate: float = 0.0, precision: Literal["bf16", "float32"] = "bf16",
@@ -177,8 +176,7 @@ def zsq(
         flood = GradientInundation(sgd, quantized_weights(student), flip_rate=plan.flip_rate,
                                    milestones=milestones_at((0.25, 0.5, 0.75), plan.steps))  # fmt: skip
     fit(student, teacher, batches, student_loss, sgd, steps=plan.steps, run=run, schedulers=[decay], inundation=flood,
-        micro_batch=micro_batch, precision=precision,
-        history_of=partial(codes_and_latents, student))  # fmt: skip
+        micro_batch=micro_batch, precision=precision, history_of=partial(codes_and_latents, student))  # fmt: skip
     return Outcome(student, report, batches, vars(plan))
 
 
