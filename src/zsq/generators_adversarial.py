@@ -14,6 +14,9 @@ from zsq.errors import BadInput
 from zsq.generators import UpConv, batch_norm
 
 SMALL = 64  # pixels; above it the images come from the transposed-convolution network
+# Of natural images' pixels, in 0..1 units. Without them a generator that begins grey stays so: images of half the
+# contrast give activations, and ranges, of half the size that real ones do.
+NATURAL_MEAN, NATURAL_STD = 0.45, 0.27
 # Standard deviations of natural images in 0..1 units: a network normalised with one of them expects unit variance.
 _NATURAL = (0.1, 0.5)
 
@@ -30,10 +33,14 @@ class InputSpace(NamedTuple):
     std: Tensor | None
 
     def from_tanh(self, x: Tensor) -> Tensor:
-        """Map the output of a tanh: standardised per channel over the batch, or -1..1 onto black..white."""
+        """Map the output of a tanh: standardised per channel over the batch.
+
+        Where black and white are known, to pixels of a natural mean and contrast, cut to what lies between them.
+        """
+        x = batch_norm(x, None, None, 1e-5)
         if self.mean is None or self.std is None:
-            return batch_norm(x, None, None, 1e-5)
-        return ((x + 1) / 2 - self.mean) / self.std
+            return x
+        return ((NATURAL_MEAN + NATURAL_STD * x).clamp(0, 1) - self.mean) / self.std
 
     def noise(self, count: int, image: tuple[int, int, int], rng: torch.Generator) -> Tensor:
         """N(0, 1) images; in a space of pixels grey ones, 0.5 + N(0, 1) / 4, cut to black..white."""

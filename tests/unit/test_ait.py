@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny import tiny_teacher
+from zsq.errors import BadInput
 from zsq.insert import codes_and_latents
 from zsq.presets import Outcome
 from zsq.recipes import ait
@@ -79,3 +80,12 @@ def test_calibration_only() -> None:
     teacher = tiny_teacher()
     state = outcome.student.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in teacher.net.state_dict().items())
+
+
+def test_a_pool_that_is_made_first_has_a_size_and_steps() -> None:
+    outcome = short_run(base="zeroq", count=16, iterations=2)
+    assert (outcome.plan["count"], outcome.plan["iterations"]) == (16, 2)
+    assert len(outcome.source.pick(100, torch.Generator()).images) == 16  # type: ignore[attr-defined]
+    assert "count" not in short_run().plan  # what was measured before stays comparable
+    with pytest.raises(BadInput, match="--iterations: expected --base hast or intraq or zeroq"):
+        short_run(base="gdfq", iterations=2)

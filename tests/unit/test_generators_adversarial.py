@@ -48,10 +48,15 @@ def test_bounded_images_lie_between_black_and_white(
     space = input_space(image, mean, std)
     made = AdversaryGenerator(image, space, width=2)(torch.randn(4, 256)).detach()
     noise = space.noise(4, image, torch.Generator().manual_seed(0))
+
+    def pixels_of(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+
     for x in (made, noise):
-        pixels = x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        pixels = pixels_of(x)
         assert pixels.min() >= -1e-4 and pixels.max() <= 1 + 1e-4
         assert float(pixels.mean()) == pytest.approx(0.5, abs=0.1)
+    assert pixels_of(made).std((0, 2, 3)).tolist() == pytest.approx([0.25] * 3, abs=0.04)  # natural contrast at once
 
 
 def test_an_unknown_normalisation_means_unit_variance() -> None:

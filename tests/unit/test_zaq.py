@@ -108,6 +108,14 @@ def test_paper_is_symmetric() -> None:
     assert all(isinstance(site, Percentile) and not site.symmetric for site in best)
 
 
+@pytest.mark.parametrize(("bits", "early", "ranges"), [(4, "off", "percentile"), (6, "excite", "widening")])
+def test_ranges_suit_their_bits(bits: int, early: str, ranges: str) -> None:
+    plan = short_run(tiny_teacher(), bits=bits, steps=0).plan
+    assert (plan["early"], plan["ranges"]) == (early, ranges)
+    assert short_run(tiny_teacher(), bits=bits, steps=0, early="gap", ranges="ema").plan["early"] == "gap"
+    assert short_run(tiny_teacher(), bits=bits, steps=0, fidelity="official").plan["early"] == "off"
+
+
 def _weights(student: nn.Module) -> list[Tensor]:
     from zsq.insert import codes_and_latents
 
@@ -132,8 +140,8 @@ def test_stage_weights_matter_where_there_are_stages() -> None:
 
 @pytest.mark.parametrize("option", [
     {"features": "off"}, {"features": "feature_l1"}, {"damping": "off"}, {"replay": 0.0},
-    {"restart": "off"}, {"frozen": "off"}, {"early": "off"}, {"symmetric": "on"}, {"decay": "steps"}, {"clip": 0.0},
-    {"bns_weight": 0.1}, {"turns": 1}, {"beta": 0.0}, {"ranges": "ema"},
+    {"restart": "off"}, {"frozen": "off"}, {"early": "gap"}, {"symmetric": "on"}, {"decay": "steps"}, {"clip": 0.0},
+    {"loss": "l1"}, {"bns_weight": 0.1}, {"turns": 1}, {"beta": 0.0}, {"ranges": "ema"},
 ])  # fmt: skip
 def test_every_switch_changes_the_student(option: dict[str, Any]) -> None:
     long = {"steps": 21, "lr": 0.05, "turns": 2}  # ten turns and a look for a collapse

@@ -19,9 +19,9 @@ __all__ = ["Cell", "commit", "read_matrix", "rows", "run_cell", "run_matrix"]
 
 KEEP = (
     "student_score", "teacher_score", "agreement", "probe_agreement", "seconds", "steps", "float_sites", "base", "plan",
-    "recipe", "fidelity",
+    "recipe", "fidelity", "metric",
 )  # fmt: skip
-COLUMNS = ("teacher", "bits", "method", "seeds", "float", "student", "drop", "agreement", "minutes")
+COLUMNS = ("teacher", "bits", "method", "metric", "seeds", "float", "student", "drop", "agreement", "minutes")
 NOTE = "bench.json"  # in a run directory: what made it
 
 
@@ -133,7 +133,7 @@ def run_matrix(
                 if cell.name in pending:
                     results[cell.name] = pending[cell.name].result()
                 found = results[cell.name]
-                message = f"{cell.name}: {100 * found['student_score']:.2f} %"
+                message = f"{cell.name}: {found.get('metric') or 'top1'} {100 * found['student_score']:.2f} %"
                 message += f", taken from {found['taken_from']}" if cell.name not in pending else ""
             except RunFailed as error:
                 failures.append(str(error))
@@ -189,6 +189,7 @@ def rows(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 for key in ("student_score", "teacher_score", "agreement", "probe_agreement", "seconds")}  # fmt: skip
         scores = [cell["student_score"] for cell in group]
         yield {"teacher": teacher, "bits": f"W{w}A{a}", "method": method, "seeds": len(group), **mean,
+               "metric": group[0].get("metric") or "top1",
                "deviation": statistics.stdev(scores) if len(group) > 1 else None,
                "drop_points": 100 * (mean["teacher_score"] - mean["student_score"])}  # fmt: skip
 
@@ -197,9 +198,9 @@ def in_words(table: list[dict[str, Any]]) -> Iterator[list[str]]:
     """Rows of a table in percent, in the order of `COLUMNS`."""
     for row in table:
         spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.2f}"
-        yield [row["teacher"], row["bits"], row["method"], str(row["seeds"]), f"{100 * row['teacher_score']:.2f}",
-               f"{100 * row['student_score']:.2f}{spread}", f"{row['drop_points']:.2f}",
-               f"{100 * row['agreement']:.2f}", f"{row['seconds'] / 60:.1f}"]  # fmt: skip
+        yield [row["teacher"], row["bits"], row["method"], row["metric"], str(row["seeds"]),
+               f"{100 * row['teacher_score']:.2f}", f"{100 * row['student_score']:.2f}{spread}",
+               f"{row['drop_points']:.2f}", f"{100 * row['agreement']:.2f}", f"{row['seconds'] / 60:.1f}"]  # fmt: skip
 
 
 def commit() -> str:

@@ -19,7 +19,7 @@ class Cell:
     """One run of the matrix.
 
     Attributes:
-        teacher: its name.
+        teacher: its label in tables.
         method: label of the row.
         recipe: name of the recipe.
         weight_bits: of the weights.
@@ -27,6 +27,7 @@ class Cell:
         seed: of the run.
         options: of `zsq quantize`, beside those that all cells share.
         variant: end of the directory's name, for matrices run with another budget than the file's.
+        source: TEACHER as on a command line; the label if not given.
     """
 
     teacher: str
@@ -37,6 +38,7 @@ class Cell:
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
     variant: str = ""
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -60,7 +62,7 @@ class Cell:
         }
         flags = [text for key, value in options.items() for text in _flag(key, value)]
         resume = ["--resume"] if (folder / "checkpoint").is_dir() and any((folder / "checkpoint").iterdir()) else []
-        return [sys.executable, "-m", "zsq.cli", "quantize", self.teacher, "--recipe", self.recipe,
+        return [sys.executable, "-m", "zsq.cli", "quantize", self.source or self.teacher, "--recipe", self.recipe,
                 "--run", str(folder),
                 "--json", *flags, *resume]  # fmt: skip
 
@@ -91,8 +93,10 @@ def read_matrix(
 
     Args:
         path: a file with ``teachers``, ``bits`` (pairs), ``seeds``, ``[options]`` for every cell, optionally
-            ``[teacher.NAME]`` tables with options for the cells of one teacher, and one ``[[method]]`` table per
-            method: ``name``, ``recipe``, and optionally its own ``options``, ``seeds``, ``bits``.
+            ``[teacher.NAME]`` tables with options for the cells of one teacher, facts of a user's network included
+            (``weights``, ``mean``, ``decode`` ...; ``source`` is its TEACHER where NAME is only a label), and one
+            ``[[method]]`` table per method: ``name``, ``recipe``, and optionally its own ``options``, ``seeds``,
+            ``bits``. What a method says goes before what a teacher says, and that before what all cells share.
         teacher: in place of the file's teachers; one of them, or one with a table of its own.
         budget: in place of the shared one.
 
@@ -107,14 +111,15 @@ def read_matrix(
     try:
         if not isinstance(table["teachers"], list):
             raise ValueError(f"teachers = {table['teachers']!r} is not a list")
-        own: dict[str, dict[str, Any]] = table.get("teacher", {})
+        own = {name: dict(options) for name, options in table.get("teacher", {}).items()}
+        sources = {name: str(options.pop("source", "")) for name, options in own.items()}
         known = [*table["teachers"], *own]
         if teacher is not None and teacher not in known:
             raise BadInput("--teacher", expected=f"one of {', '.join(dict.fromkeys(known))}", got=repr(teacher),
                            fix=f'Add a table [teacher."{teacher}"] with eval = "DATA" to {path.name}.')  # fmt: skip
         cells = [
             Cell(name, method["name"], method["recipe"], w, a, seed, {**own.get(name, {}), **method.get("options", {})},
-                 "" if budget is None else f"-{budget}")
+                 "" if budget is None else f"-{budget}", sources.get(name, ""))
             for name in (table["teachers"] if teacher is None else [teacher])
             for w, a in table["bits"]
             for method in table["method"]

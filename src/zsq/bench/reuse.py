@@ -45,6 +45,8 @@ class Measured:
         Raises:
             BadInput: if the cell's options or its labelled set cannot be used.
         """
+        if cell.source:  # a label does not say which network it was
+            return None
         asked = cell.asked(shared)
         here = {"teacher": cell.teacher, "weight_bits": cell.weight_bits, "act_bits": cell.act_bits, "seed": cell.seed}
         near = [

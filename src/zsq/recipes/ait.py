@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
+from zsq.errors import BadInput
 from zsq.fit import calibrate, fit
 from zsq.footprint import require_student_memory
 from zsq.insert import QuantSpec, codes_and_latents, quantize, quantized_weights
@@ -42,6 +43,7 @@ BASES: dict[str, Callable[..., Source]] = {
     "intraq": intraq_source,
     "zeroq": zeroq_source,
 }
+POOLS = ("hast", "intraq", "zeroq")
 EPOCH = 1 / 400  # the first student epoch, in which the official search stops at 128 times the step
 
 FIDELITY: dict[str, dict[str, Any]] = {
@@ -72,6 +74,8 @@ def ait(
     inundation: Literal["exact", "search", "off"] | None = None,
     flip_rate: float | None = None,
     flip_decay: float = 0.1,
+    count: int | None = None,
+    iterations: int | None = None,
 ) -> Outcome:
     """Quantize `teacher` with AIT on the images of `base`.
 
@@ -96,6 +100,8 @@ def ait(
         inundation: exact (order statistic), search (the released bracketing) or off (KL only); the fidelity's if not given.
         flip_rate: share of a layer's integer weights that must change per step; 1e-3 up to 64 pixels, 1e-4 above.
         flip_decay: factor on the flip rate at a quarter, half and three quarters of the run.
+        count: images of a base that makes a pool first; that base's if not given.
+        iterations: Adam steps per image of such a pool; that base's if not given.
 
     Returns:
         Student, report, source and the numbers the presets settled on.
@@ -117,18 +123,20 @@ def ait(
     | ImageNet flip rate, AutoReCon base | not stated | 1e-3 by a parser default | 1e-4 as the other bases; 1e-3 (official) | the commented code says 1e-4 | tests/unit/test_autorecon.py |
     """
     small = max(teacher.image[1:]) <= 64
+    pool = _pool_options(base, count=count, iterations=iterations)
     plan = settle(
         generator_budget(budget, teacher.image),
         choose("--fidelity", fidelity, FIDELITY),
         {"flip_rate": 1e-3 if small or (base, fidelity) == ("autorecon", "official") else 1e-4},
         steps=steps, warmup=warmup, batch=batch, lr=lr, weight_decay=weight_decay, temperature=temperature,
         kl_reduction=kl_reduction, ranges=ranges, inundation=inundation, flip_rate=flip_rate, flip_decay=flip_decay, base=base,
+        **pool,
     )  # fmt: skip
     later = student_milestones(plan.steps, teacher.image)
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=LiveMinMax, act=RANGES[plan.ranges]))
     make = partial(
         choose("--base", base, BASES), teacher, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later),
-        fidelity=fidelity,
+        fidelity=fidelity, **pool,
     )  # fmt: skip
     batches = feed(images, make, batch=plan.batch, say=run.note)
     run.note(str(require_student_memory(teacher, batch=plan.batch, micro_batch=micro_batch, beside=batches)))
@@ -149,3 +157,16 @@ def ait(
     fit(student, teacher, batches, student_loss, sgd, steps=plan.steps, run=run, schedulers=[decay], inundation=flood,
         micro_batch=micro_batch, history_of=partial(codes_and_latents, student))  # fmt: skip
     return Outcome(student, report, batches, vars(plan))
+
+
+def _pool_options(base: str, **given: int | None) -> dict[str, int]:
+    """Options of a base that makes a pool first, as far as they were given.
+
+    Raises:
+        BadInput: for one of them with a base that makes new images for every batch.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    if found and base not in POOLS:
+        raise BadInput(f"--{next(iter(found))}", expected=f"--base {' or '.join(POOLS)}, which make a pool first",
+                       got=f"--base {base}", fix="Leave it out: a generator makes new images for every batch.")  # fmt: skip
+    return found

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zsq import losses
 from zsq.errors import BadInput
-from zsq.tasks.base import Outline, Reduction, Score, wilson_interval
+from zsq.tasks.base import Outline, Score, wilson_interval
+from zsq.tasks.logits import Logits, require_classes
 
 
 @dataclass(frozen=True)
-class Classify:
+class Classify(Logits):
     """Raw output [b, classes]: logits.
 
     Attributes:
@@ -26,7 +26,6 @@ class Classify:
     batch: ClassVar[int] = 256
     held_out: ClassVar[int] = 1024
     image_labels: ClassVar[bool] = True
-    classes: int
 
     @classmethod
     def of(cls, out: Tensor, facts: Outline, *, name: str) -> Classify:
@@ -38,23 +37,6 @@ class Classify:
             )
         require_classes(facts.classes, out.shape[1], name)
         return cls(out.shape[1])
-
-    def parts(self, raw: Tensor) -> dict[str, Tensor]:
-        """The logits."""
-        return {"class": raw}
-
-    def foreground(self, raw: Tensor) -> None:
-        """All images count the same."""
-        return
-
-    def kl(
-        self, student: Tensor, teacher: Tensor, *, temperature: float = 20.0, reduction: Reduction = "mean",
-        through_teacher: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """T^2 KL of the softmax outputs."""
-        return losses.kl(
-            student, teacher, temperature=temperature, reduction=reduction, through_teacher=through_teacher
-        )
 
     def image_logits(self, raw: Tensor) -> Tensor:
         """The logits."""
@@ -126,14 +108,3 @@ def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     return ((logits > own) | ((logits == own) & earlier)).sum(1)
-
-
-def require_classes(said: int | None, found: int, name: str) -> None:
-    """Refuse a number of classes that is not the width of the output.
-
-    Raises:
-        BadInput: naming both.
-    """
-    if said not in (None, found):
-        raise BadInput("--classes", expected=f"{found}, the width of the output of {name}", got=said,
-                       fix="Correct the number, or leave it out.")  # fmt: skip

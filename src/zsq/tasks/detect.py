@@ -224,9 +224,13 @@ def name_parts(widths: Sequence[int], activations: Sequence[str], classes: int |
     """
     names: list[str] = []
     by_width = "softmax" not in activations and classes is not None
+    # Four classes or three are as wide as a box: then what a sigmoid follows are the classes.
+    wide = {width for width, kind in zip(widths, activations, strict=True) if kind == "sigmoid"}
+    told = bool(wide & {classes, (classes or 0) + 1})
     for width, activation in zip(widths, activations, strict=True):
         fits = {
-            "class": activation == "softmax" or (by_width and width in (classes, (classes or 0) + 1)),
+            "class": activation == "softmax"
+            or (by_width and width in (classes, (classes or 0) + 1) and (not told or activation == "sigmoid")),
             "box": width == 4 and activation == "none",
             "objectness": width == 1,
         }

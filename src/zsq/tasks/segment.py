@@ -8,17 +8,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from zsq import losses
 from zsq.errors import BadInput
 from zsq.extras import optional
-from zsq.tasks.base import Outline, Reduction, Score
-from zsq.tasks.classify import require_classes
+from zsq.tasks.base import Outline, Score
+from zsq.tasks.logits import Logits, require_classes
 
 IGNORE = 255  # a pixel of a mask that counts nothing
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Logits):
     """Raw output [b, classes, h', w']: logits before they are up-sampled to the image, bilinearly.
 
     Up-sampling is linear and the same in teacher and student: losses on the coarse grid lose nothing by leaving it out.
@@ -32,7 +31,6 @@ class Segment:
     batch: ClassVar[int] = 8
     held_out: ClassVar[int] = 16
     image_labels: ClassVar[bool] = False
-    classes: int
 
     @classmethod
     def of(cls, out: Tensor, facts: Outline, *, name: str) -> Segment:
@@ -44,23 +42,6 @@ class Segment:
             )  # fmt: skip
         require_classes(facts.classes, out.shape[1], name)
         return cls(out.shape[1])
-
-    def parts(self, raw: Tensor) -> dict[str, Tensor]:
-        """The logits."""
-        return {"class": raw}
-
-    def foreground(self, raw: Tensor) -> None:
-        """All pixels count the same."""
-        return
-
-    def kl(
-        self, student: Tensor, teacher: Tensor, *, temperature: float = 20.0, reduction: Reduction = "mean",
-        through_teacher: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """T^2 KL over the classes of every pixel, averaged over pixels."""
-        return losses.kl(
-            student, teacher, temperature=temperature, reduction=reduction, through_teacher=through_teacher
-        )
 
     def image_logits(self, raw: Tensor) -> Tensor:
         """Mean over pixels: an image that shows a class in most places."""

@@ -14,11 +14,12 @@ from zsq.teachers import zoos
 from zsq.teachers.embedded import EMBEDDED, FOLDER
 from zsq.teachers.facts import read_facts
 from zsq.teachers.teacher import Teacher, make_teacher
+from zsq.teachers.vision import from_torchvision
 from zsq.teachers.weight_files import load_weights, read_weights
 
 __all__ = ["EMBEDDED", "Teacher", "load_teacher", "make_teacher", "teacher_names"]
 
-_ZOOS = {"torchvision": zoos.from_torchvision, "timm": zoos.from_timm, "pytorchcv": zoos.from_pytorchcv}
+_ZOOS = {"torchvision": from_torchvision, "timm": zoos.from_timm, "pytorchcv": zoos.from_pytorchcv}
 
 
 def teacher_names() -> dict[str, str]:
@@ -111,7 +112,8 @@ def load_teacher(
     else:
         raise _unknown(name)
     if weights is not None:
-        load_weights(found.net, read_weights(weights), name=str(weights))
+        given = {key: value for key, value in read_weights(weights).items() if not key.startswith(found.unused)}
+        load_weights(found.net, given, name=str(weights))
     return make_teacher(found.net, said.or_else(found.facts), name=short, leaf=leaf, device=device)
 
 

@@ -1,4 +1,4 @@
-"""Networks of others: a user's own file, torchvision, timm, pytorchcv. Packages are imported when asked for."""
+"""Networks of others: a user's own file, timm, pytorchcv. Packages are imported when asked for."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ class Found(NamedTuple):
     Attributes:
         net: the network; with its own trained weights if those were asked for.
         facts: what its origin says about it.
+        unused: beginnings of the names of weights that a file may hold and the network does not need.
     """
 
     net: nn.Module
     facts: Facts
+    unused: tuple[str, ...] = ()
 
 
 def from_file(text: str) -> Found:
@@ -150,41 +152,16 @@ def _where(error: Exception, path: Path) -> str:
     return f"{type(error).__name__}: {error}{at}"
 
 
-def from_torchvision(name: str, *, pretrained: bool) -> Found:
-    """Build ``torchvision:NAME``; its facts are those of its default weights.
-
-    Raises:
-        BadInput: without torchvision, or for a name it does not have.
-    """
-    models = _package("torchvision.models")
-    known = models.list_models(module=models)
-    if name not in known:
-        raise _unknown("torchvision", name, known)
-    weights = models.get_model_weights(name).DEFAULT
-    net = _fetch(f"torchvision:{name}", lambda: models.get_model(name, weights=weights if pretrained else None))
-    prepare = weights.transforms()
-    size = int(prepare.crop_size[0])
-    facts = Facts(
-        classes=len(weights.meta["categories"]),
-        image=(3, size, size),
-        mean=tuple(prepare.mean),
-        std=tuple(prepare.std),
-        resize=int(prepare.resize_size[0]),
-        crop=size,
-    )
-    return Found(net, facts)
-
-
 def from_timm(name: str, *, pretrained: bool) -> Found:
     """Build ``timm:NAME``; its facts are timm's data configuration.
 
     Raises:
         BadInput: without timm, or for a name it does not have.
     """
-    timm, configs = _package("timm"), _package("timm.data")
+    timm, configs = import_package("timm"), import_package("timm.data")
     if not timm.is_model(name):
-        raise _unknown("timm", name, timm.list_models())
-    net: Any = _fetch(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
+        raise unknown("timm", name, timm.list_models())
+    net: Any = fetch(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
     config = configs.resolve_model_data_config(net)
     c, h, w = (int(side) for side in config["input_size"])
     resize = math.floor(h / config["crop_pct"])
@@ -205,11 +182,11 @@ def from_pytorchcv(name: str, *, pretrained: bool) -> Found:
     Raises:
         BadInput: without pytorchcv, or for a name it does not have.
     """
-    provider = _package("pytorchcv.model_provider")
+    provider = import_package("pytorchcv.model_provider")
     try:
-        net: Any = _fetch(f"pytorchcv:{name}", lambda: provider.get_model(name, pretrained=pretrained))
+        net: Any = fetch(f"pytorchcv:{name}", lambda: provider.get_model(name, pretrained=pretrained))
     except ValueError as error:
-        raise _unknown("pytorchcv", name, list(getattr(provider, "_models", {}))) from error
+        raise unknown("pytorchcv", name, list(getattr(provider, "_models", {}))) from error
     h, w = (int(side) for side in net.in_size)
     common = Facts(classes=int(net.num_classes), image=(3, h, w))
     if "cifar" in name:
@@ -222,7 +199,7 @@ def from_pytorchcv(name: str, *, pretrained: bool) -> Found:
     return Found(net, common)
 
 
-def _package(name: str) -> Any:
+def import_package(name: str) -> Any:
     """Import a module of an optional package.
 
     Raises:
@@ -248,7 +225,12 @@ def _package(name: str) -> Any:
         ) from error
 
 
-def _fetch(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+def fetch(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network, saying how to go on where its weights cannot be had.
+
+    Raises:
+        BadInput: without network and cache.
+    """
     try:
         return build()
     except OSError as error:
@@ -260,7 +242,8 @@ def _fetch(name: str, build: Callable[[], nn.Module]) -> nn.Module:
         ) from error
 
 
-def _unknown(package: str, name: str, known: list[str]) -> BadInput:
+def unknown(package: str, name: str, known: list[str]) -> BadInput:
+    """The message for a name that a package does not have."""
     close = difflib.get_close_matches(name, known, n=3)
     return BadInput(
         f"teacher {package}:{name}",
