@@ -180,7 +180,7 @@ def adversary_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
     """
     small = max(image[1:]) <= 64
     table = {
-        "quick": {"warmup": 100, "steps": 300, "batch": 64} if small else {"warmup": 60, "steps": 200, "batch": 8},
+        "quick": {"warmup": 100, "steps": 300, "batch": 64} if small else {"warmup": 24, "steps": 120, "batch": 8},
         "standard": {"warmup": 200, "steps": 1000, "batch": 64 if small else 8},
         "paper": {"warmup": 50, "steps": 90_000, "batch": 256 if small else 64},
     }
