@@ -153,4 +153,5 @@ def keep_examples(path: Path, data: LabelledData) -> None:
     """
     images, truth = next(iter(data.batches(EXAMPLES)))
     kept = truth.cpu() if isinstance(truth, Tensor) else [boxes._asdict() for boxes in truth]
-    save_tree(path / "labelled.safetensors", {"name": data.name, "images": images.cpu(), "truth": kept})
+    tree = {"name": data.name, "classes": data.names, "images": images.cpu(), "truth": kept}
+    save_tree(path / "labelled.safetensors", tree)

@@ -392,6 +392,9 @@ def test_overlays_of_a_segmenter() -> None:
     assert label.title == "label" and label.pixels[0].max() == 0
     assert np.abs(label.pixels[4, 4] - 0.55 * np.array(colour(1))).max() <= 1
     assert card.agreement == 0.5 and found.differing[0].agreement <= found.differing[-1].agreement
+    named = album(teacher, student, images, None, names=["sky", "road", "tree"])
+    assert named.sample[1].opinions[0].text == "sky 50 %, tree 50 %"
+    assert named.legend[1] == ("road", "#{:02x}{:02x}{:02x}".format(*colour(1))) and len(named.legend) == 3
 
 
 def test_boxes_of_a_detector() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny import tiny_teacher
 from zsq import pipeline, recipes
@@ -189,3 +190,27 @@ def test_a_killed_run_with_a_restart_ends_with_the_same_bits(tmp_path: Path, mon
 def test_sizes_that_cannot_be_meant(size: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         short_run(tiny_teacher(), size=size)
+
+
+class Largest(TorchDispatchMode):
+    """Number of values in the largest tensor that any operation gave."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor):
+                self.found = max(self.found, value.numel())
+        return out
+
+
+@pytest.mark.parametrize("features", ["crm", "feature_l1"])
+def test_no_map_of_positions_against_positions(features: str) -> None:
+    """A step on 64x64 images, whose positions would make maps of 64^4 numbers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    teacher = Teacher(net.eval().requires_grad_(False), "dense", "segment", 4, (3, 64, 64))
+    with Largest() as largest:
+        short_run(teacher, batch=4, warmup=1, steps=3, turns=2, features=features, replay=0.0)
+    assert 4 * 6 * 64**2 <= largest.found < 64**4 / 16  # the generator has half a million weights

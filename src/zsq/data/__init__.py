@@ -47,6 +47,12 @@ class LabelledData:
         """Number of images."""
         return self.found.count
 
+    @property
+    def names(self) -> list[str] | None:
+        """Names of the teacher's classes, if the set has them; what it names behind them is not scored."""
+        known = self.found.names[: self.teacher.classes]
+        return list(known) if len(known) == self.teacher.classes else None
+
     def batches(self, size: int = CHUNK) -> Iterator[tuple[Tensor, Any]]:
         """Give images and what is true of them in order, once per call.
 

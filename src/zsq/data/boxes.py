@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def read_coco(folder: Path, part: slice, shape: Shape, *, classes: int, with_lab
         table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         entries = sorted(table["images"], key=lambda image: str(image["file_name"]))
         sizes = {image["id"]: (float(image["width"]), float(image["height"])) for image in entries}
-        ids = sorted(int(category["id"]) for category in table["categories"])
+        kinds = {int(category["id"]): str(category.get("name", category["id"])) for category in table["categories"]}
+        ids = sorted(kinds)
         notes = [
             (note["image_id"], [float(x) for x in note["bbox"]], int(note["category_id"]), bool(note.get("iscrowd", 0)))
             for note in table["annotations"]
@@ -148,8 +150,10 @@ def read_coco(folder: Path, part: slice, shape: Shape, *, classes: int, with_lab
                            fix="Correct the entry.")  # fmt: skip
         grouped[image_id].append((box, numbers[category], crowd))
     truths = [_coco_boxes(grouped[image["id"]], sizes[image["id"]]) for image in entries]
-    return listed_set([(path, file) for path in paths[:1]] + [(path, None) for path in paths[1:]], part, shape,
-                      base, truths.__getitem__, subject)  # fmt: skip
+    found = listed_set([(path, file) for path in paths[:1]] + [(path, None) for path in paths[1:]], part, shape,
+                       base, truths.__getitem__, subject)  # fmt: skip
+    by_number = {number: kinds[key] for key, number in numbers.items()}
+    return replace(found, names=tuple(by_number.get(number, f"class {number}") for number in range(classes)))
 
 
 def _coco_file(folder: Path, subject: str) -> Path:

@@ -32,6 +32,7 @@ class Found:
         start: position of the first image within that source.
         truths: gives what is true of images [a, b): int64 masks [b - a, h, w], or `Boxes` of each image; None for
             classified images.
+        names: of the classes in the order of their numbers, where the set names them (DIR/classes.txt, COCO's json).
     """
 
     read: Callable[[int, int], Tensor]
@@ -41,6 +42,7 @@ class Found:
     source: str
     start: int = 0
     truths: Callable[[int, int], Any] | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -179,5 +179,14 @@ def listed_set(
     return Found(
         lambda a, b: torch.stack([open_image(rows[index][0], shape) for index in chosen[a:b]]),
         len(chosen), torch.empty(0, dtype=torch.int64), digest.hexdigest(), str(folder.resolve()), chosen[0],
-        None if truth is None else truths,
+        None if truth is None else truths, listed_names(folder),
     )  # fmt: skip
+
+
+def listed_names(folder: Path) -> tuple[str, ...]:
+    """Names of a set's classes from its classes.txt, one a line; nothing without a readable one: names only explain."""
+    try:
+        lines = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ()
+    return tuple(line.strip() for line in lines if line.strip())

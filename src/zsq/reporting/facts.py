@@ -114,13 +114,14 @@ def collect(
     macs = footprint(teacher.net, torch.zeros(1, *teacher.image, device=teacher.device)).macs
     look = None if images is None else images[: _affordable(LOOK, macs * 2)].to(teacher.device)
     rows = measure(student, look, teacher.image, {site["name"]: site["op"] for site in kept["sites"]})
-    pictures = None
-    if look is not None:
-        pictures = album(teacher, student, look, None if labels is None else labels[: len(look)])
     examples = labelled_images(path, teacher)
-    shown_too = None
+    names = None if examples is None else examples.classes
+    pictures, shown_too = None, None
+    if look is not None:
+        pictures = album(teacher, student, look, None if labels is None else labels[: len(look)], names=names)
     if examples is not None:
-        shown_too = album(teacher, student, examples.images.to(teacher.device), examples.truth, worst=0)
+        seen = examples.images.to(teacher.device)
+        shown_too = album(teacher, student, seen, examples.truth, worst=0, names=names)
     effect = None
     if look is not None and with_sensitivity:
         tries = _affordable(TRY, macs * (len(rows) + 3)) if count is None else count

@@ -24,7 +24,9 @@ from zsq.teachers import Teacher
 Pixels = NDArray[np.uint8]
 
 
-def classify(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Tensor | None) -> Drawn:
+def classify(
+    teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Tensor | None, names: Sequence[str]
+) -> Drawn:  # fmt: skip
     """Class and probability of both networks.
 
     Args:
@@ -33,10 +35,11 @@ def classify(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labe
         heard: the student's.
         images: shape [n, c, h, w], normalised.
         labels: what the images were made for, or None.
+        names: of the classes.
     """
     agreed = distance_of_logits(heard, told)[:, 1].tolist()
     tops = [logits.double().softmax(1).max(1) for logits in (told, heard)]
-    names, pixels = names_of(teacher), pixels_of(teacher, images)
+    pixels = pixels_of(teacher, images)
 
     def draw(i: int) -> Card:
         opinions = [Opinion(who, names[int(top.indices[i])], float(top.values[i]))
@@ -47,13 +50,15 @@ def classify(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labe
     return agreed, tops[0].values.tolist(), draw
 
 
-def segment(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Any) -> Drawn:
+def segment(
+    teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Any, names: Sequence[str]
+) -> Drawn:  # fmt: skip
     """The image, and both networks' classes laid over it; with masks as labels also these."""
     agreed = distance_of_logits(heard, told)[:, 1].tolist()
     sure = told.double().softmax(1).amax(1).mean((1, 2)).tolist()
     size = (images.shape[2], images.shape[3])
     maps = [decisions(raw, size).cpu().numpy() for raw in (told, heard)]
-    names, pixels = names_of(teacher), pixels_of(teacher, images)
+    pixels = pixels_of(teacher, images)
     colours = np.array([colour(k) for k in range(teacher.classes)], dtype=np.uint8)
 
     def draw(i: int) -> Card:
@@ -74,14 +79,16 @@ def segment(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, label
     return agreed, sure, draw
 
 
-def detect(teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Any) -> Drawn:
+def detect(
+    teacher: Teacher, told: Tensor, heard: Tensor, images: Tensor, labels: Any, names: Sequence[str]
+) -> Drawn:  # fmt: skip
     """The image with both networks' boxes, and those of the labels where it has some.
 
     Agreement is the mAP@.5 of the student with the teacher's boxes as truth.
     """
     task = teacher.outputs
     assert isinstance(task, Detect)
-    names, pixels = names_of(teacher), pixels_of(teacher, images)
+    pixels = pixels_of(teacher, images)
     if task.decode is None:
         found = [[Boxes(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool),
                         torch.zeros(0))] * len(images)] * 2  # fmt: skip
@@ -166,6 +173,7 @@ def _asked(labels: Tensor | None, i: int, names: Sequence[str]) -> str | None:
 
 
 OPINIONS: dict[str, Callable[..., Drawn]] = {"classify": classify, "segment": segment, "detect": detect}
+PAINTED = ("segment",)  # tasks whose pictures need a legend
 
 
 def album(
@@ -176,6 +184,7 @@ def album(
     *,
     sample: int = 24,
     worst: int = 12,
+    names: Sequence[str] | None = None,
 ) -> Album:
     """Ask teacher and student about images, and choose which to show.
 
@@ -187,15 +196,19 @@ def album(
             int64 [n, h, w] or the boxes of each image.
         sample: number of images shown as they come.
         worst: number of images shown because the networks differ.
+        names: of the classes; those that are known of the teacher, or numbers, if not given.
     """
     with torch.no_grad():
         parts = images.split(teacher.outputs.batch)
         told, heard = (torch.cat([net(part) for part in parts]) for net in (teacher.net, student))
-    agreed, sure, draw = OPINIONS[teacher.task](teacher, told, heard, images, labels)
+    named = list(names or names_of(teacher))
+    agreed, sure, draw = OPINIONS[teacher.task](teacher, told, heard, images, labels, named)
     order = sorted(range(len(images)), key=lambda i: (agreed[i], -sure[i]))
     differing = [i for i in order if agreed[i] < 1][:worst]
     return Album(len(images), sum(agreed) / len(agreed), [draw(i) for i in range(min(sample, len(images)))],
-                 [draw(i) for i in differing], teacher.mean is None)  # fmt: skip
+                 [draw(i) for i in differing], teacher.mean is None,
+                 [(name, "#{:02x}{:02x}{:02x}".format(*colour(k))) for k, name in enumerate(named)]
+                 if teacher.task in PAINTED else [])  # fmt: skip
 
 
 def distance(teacher: Teacher) -> Callable[[Tensor, Tensor], Tensor]:

@@ -83,6 +83,7 @@ class Album:
         sample: the first ones, as they come: what is typical.
         differing: those the student differs on most, the surest opinions of the teacher first.
         scaled: whether colours are stretched per image, because the network's normalisation is not known.
+        legend: name and colour (as in CSS) of every class, where pictures are painted over with classes.
     """
 
     count: int
@@ -90,6 +91,7 @@ class Album:
     sample: list[Card]
     differing: list[Card]
     scaled: bool
+    legend: list[tuple[str, str]] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
         """Everything but the pixels."""

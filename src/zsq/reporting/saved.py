@@ -21,11 +21,13 @@ class Labelled(NamedTuple):
         name: of their set.
         images: shape [n, c, h, w], normalised.
         truth: labels int64 [n], masks int64 [n, h, w], or the boxes of each image.
+        classes: names of the classes, if the set has them.
     """
 
     name: str
     images: Tensor
     truth: Any
+    classes: list[str] | None = None
 
 
 def labelled_images(path: Path, teacher: Teacher) -> Labelled | None:
@@ -46,7 +48,9 @@ def labelled_images(path: Path, teacher: Teacher) -> Labelled | None:
         classes = whole[whole != 255] if whole.dim() == 3 else whole
         right = images.dim() == 4 and images.shape[1] == teacher.image[0] and len(images) == len(truth) > 0
         if right and bool(images.isfinite().all() & ((classes >= 0) & (classes < teacher.classes)).all()):
-            return Labelled(str(tree["name"]), images, truth)
+            names = tree.get("classes")  # files of 0.1 have none
+            known = isinstance(names, list) and len(names) == teacher.classes
+            return Labelled(str(tree["name"]), images, truth, [str(name) for name in names] if known else None)
     except (KeyError, TypeError, AttributeError, RuntimeError, IndexError):
         pass
     return damaged(file, "images and labels of an evaluation", "other data")
