@@ -211,7 +211,7 @@ def test_every_cell_once(matrix: Path, runs: FakeRuns, tmp_path: Path) -> None:
     said: list[str] = []
     result = run_matrix(matrix, runs=tmp_path / "runs", report=said.append)
     assert len(runs.commands) == len(result["cells"]) == len(said) == 10
-    assert said[0] == "digits-KL---GI-W4A4-s0: 50.00 %"
+    assert said[0] == "digits-KL---GI-W4A4-s0: top1 50.00 %"
     assert result["matrix"] == "matrix.toml" and result["options"] == {"budget": "quick"}
     assert result["cells"][4]["method"] == "KL" and result["cells"][4]["student_score"] == 0.7
     assert [(row["teacher"], row["bits"], row["method"], row["seeds"]) for row in result["table"]][:3] == [
@@ -442,3 +442,24 @@ def test_instruments_look_at_what_is_left(matrix: Path, runs: FakeRuns, tmp_path
     assert [cell.name for cell in seen[0].cells] == ["digits-KL---GI-W4A4-s0", "digits-KL---GI-W4A4-s1",
                                                      "digits-KL---GI-W3A8-s0", "digits-KL---GI-W3A8-s1",
                                                      "digits-KL-W3A8-s2"]  # fmt: skip
+
+
+def test_a_label_in_place_of_a_users_network(matrix: Path) -> None:
+    """The facts of a network stand in its table, once for all methods; a method's own option goes before them."""
+    matrix.write_text(
+        MATRIX.replace('"nets/mine.py:net"', '"mine"')
+        + '[teacher.mine]\nsource = "nets/mine.py:net"\ntask = "segment"\nsynthetic = "8x8"\n'
+        + "std = [0.1]\nmean = [0.0]\n"
+    )
+    cells, shared = read_matrix(matrix)
+    assert cells[9].name == "mine-KL-W3A8-s2"
+    command = cells[9].command(Path("x"), shared)
+    assert command[3:5] == ["quantize", "nets/mine.py:net"] and "--source" not in command
+    text = " ".join(command)
+    assert "--task segment" in text and "--synthetic 8x8" in text and "--mean 0.5 0.25" in text and "--std 0.1" in text
+    assert cells[0].command(Path("x"), shared)[4] == "digits"
+
+
+def test_rows_say_what_was_measured() -> None:
+    cell = SUMMARY | {"teacher": "t", "method": "m", "weight_bits": 4, "act_bits": 8}
+    assert [row["metric"] for row in rows([cell | {"metric": "miou"}, cell | {"method": "n"}])] == ["miou", "top1"]
