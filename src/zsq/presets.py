@@ -187,6 +187,25 @@ def adversary_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
     return dict(choose("--budget", name, table))
 
 
+def adversary_by_subject(image: tuple[int, int, int], act_bits: int) -> dict[str, Any]:
+    """ZAQ's corrected values that depend on image size and bits.
+
+    Ranges are wide from 6 bits on, where too narrow costs more than too wide. Above 64 pixels the generator is narrow
+    and the student's steps are small.
+
+    Args:
+        image: (c, h, w) of the generated images.
+        act_bits: of the activations.
+
+    Example:
+        >>> adversary_by_subject((3, 32, 32), 4)
+        {'early': 'off', 'ranges': 'percentile'}
+    """
+    many = act_bits >= 6
+    ranges = {"early": "excite" if many else "off", "ranges": "widening" if many else "percentile"}
+    return ranges | ({"width": 16, "lr": 1e-4} if max(image[1:]) > 64 else {})
+
+
 def noise_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
     """Images, steps and batch of the recipes that optimise a pool from noise and train on it (IntraQ, HAST).
 

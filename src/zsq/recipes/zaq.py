@@ -19,11 +19,11 @@ from zsq import losses
 from zsq.descent import bounded_sgd
 from zsq.discrepancy import excitation, stage_excitation, stage_gap, task_gap
 from zsq.fit import calibrate, fit
-from zsq.generators_adversarial import SMALL, AdversaryGenerator, input_space
+from zsq.generators_adversarial import AdversaryGenerator, input_space
 from zsq.health import Health
 from zsq.insert import QuantSpec, codes_and_latents, quantize
 from zsq.insert.access import moving
-from zsq.presets import RANGES, Outcome, adversary_budget, choose, feed, image_size, milestones_at, settle
+from zsq.presets import RANGES, Outcome, adversary_budget, adversary_by_subject, choose, feed, image_size, settle
 from zsq.quantizer import LiveMinMax
 from zsq.run import Run
 from zsq.sources.adversary import AdversarySource
@@ -34,13 +34,12 @@ from zsq.view import View, look
 
 PAPER = "Liu et al., CVPR 2021, arXiv 2103.15263"
 PARTS = "adversarial generator | live min/max weights, percentile activations | output L1 + channel relations"
-MANY = 6  # bits of activations from which too wide a range costs less than too narrow a one
 Switch = Literal["on", "off"]
 RELEASED = {"loss": "l1", "ranges": "widening", "symmetric": "off", "frozen": "off", "lr": 0.1, "decay": "steps", "clip": 0.0, "features": "feature_l1",
             "stage_weights": "uniform", "alpha": 1.0, "beta": 0.1, "damping": "off", "turns": 5, "early": "off", "replay": 0.0,
             "restart": "off", "width": 64, "generator_lr": 1e-3, "betas": [0.9, 0.999], "bns_weight": 0.0}  # fmt: skip
 FIDELITY: dict[str, dict[str, Any]] = {
-    "best": {"loss": "kl", "ranges": None, "symmetric": "off", "frozen": "on", "lr": 1e-3, "decay": "cosine", "clip": 1.0, "features": "crm",
+    "best": {"loss": "l1", "ranges": None, "symmetric": "off", "frozen": "on", "lr": 1e-3, "decay": "cosine", "clip": 1.0, "features": "crm",
              "stage_weights": "adaptive", "alpha": 1.0, "beta": 0.05, "damping": "on", "turns": 5, "early": None, "replay": 0.25,
              "restart": "on", "width": 32, "generator_lr": 1e-3, "betas": [0.5, 0.999], "bns_weight": 0.0},
     "paper": {**RELEASED, "symmetric": "on", "features": "crm", "stage_weights": "adaptive", "alpha": 0.1, "beta": 0.05},
@@ -65,8 +64,7 @@ def source(
         options: in place of what the row of `FIDELITY` says.
     """
     row = settle(choose("--fidelity", fidelity, FIDELITY), **options)
-    damp = torch.log1p if row.damping == "on" else torch.clone
-    size = image or teacher.image
+    damp, size = torch.log1p if row.damping == "on" else torch.clone, image or teacher.image
     stages = [] if (row.features, row.early) in (("off", "off"), ("off", "gap")) else find_stages(teacher.net, size)
     d_f = partial(stage_gap, form=row.features, weighting=row.stage_weights)
 
@@ -77,14 +75,12 @@ def source(
             terms["g_excite"] = row.beta * excitation(list(t.features.values())[-1])
         return terms | ({"g_bns": row.bns_weight * losses.bn_gap(t.norms)} if row.bns_weight else {})
 
-    def wake(t: View) -> dict[str, Tensor]:
-        return {"g_excite": stage_excitation(t.features.values())}
-
     build = partial(AdversaryGenerator, size, input_space(size, teacher.mean, teacher.std, teacher.device), width=row.width)
     return AdversarySource(
         teacher, student, lambda rng: build(rng=rng), generator_loss, name="zaq+bns" if row.bns_weight else "zaq", batch=batch,
         stages=stages, norms=row.bns_weight > 0, betas=tuple(row.betas), lr=row.generator_lr, milestones=milestones, turns=row.turns,
-        early=row.early != "off", first=wake if row.early == "excite" and stages else None, replay=row.replay, watch=20 if row.restart == "on" else 0, say=say,
+        early=row.early != "off", replay=row.replay, watch=20 if row.restart == "on" else 0, say=say,
+        first=(lambda t: {"g_excite": stage_excitation(t.features.values())}) if row.early == "excite" and stages else None,
     )  # fmt: skip
 
 
@@ -162,14 +158,14 @@ def zaq(
     image = (teacher.image[0], *image_size(size)) if size else teacher.image
     plan = settle(
         adversary_budget(budget, image), choose("--fidelity", fidelity, FIDELITY),
-        _by_subject(image, (spec or QuantSpec()).act_bits) if fidelity == "best" else {}, steps=steps, warmup=warmup, batch=batch, width=width,
+        adversary_by_subject(image, (spec or QuantSpec()).act_bits) if fidelity == "best" else {}, steps=steps, warmup=warmup, batch=batch, width=width,
         turns=turns, early=early, generator_lr=generator_lr, lr=lr, weight_decay=weight_decay, decay=decay, clip=clip, alpha=alpha,
         beta=beta, features=features, stage_weights=stage_weights, damping=damping, replay=replay, restart=restart, frozen=frozen,
         bns_weight=bns_weight, symmetric=symmetric, ranges=ranges, size=size, loss=loss,
     )  # fmt: skip
     weight, act = (partial(rule, symmetric=plan.symmetric == "on") for rule in (LiveMinMax, RANGES[plan.ranges]))
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=weight, act=act))
-    later = milestones_at((1 / 3, 2 / 3), plan.steps)
+    later = tuple(max(1, round(plan.steps * third / 3)) for third in (1, 2))
     make = partial(source, teacher, student=student, batch=plan.batch, milestones=tuple(plan.warmup + m for m in later),
                    image=image, say=run.note, **{name: getattr(plan, name) for name in FIDELITY["best"]})  # fmt: skip
     batches = feed(images, make, batch=plan.batch)
@@ -178,7 +174,6 @@ def zaq(
 
     stages = [] if plan.features == "off" else find_stages(teacher.net, image)
     d_o = partial(task_gap, task=teacher.outputs)
-    closeness = d_o if plan.loss == "l1" else teacher.outputs.kl
     d_f = partial(stage_gap, form=plan.features, weighting=plan.stage_weights)
     at_student, at_teacher = ([stage.within(net) for stage in stages] for net in (student, teacher.net))
 
@@ -187,7 +182,7 @@ def zaq(
             t = look(teacher.net, part.images, features=at_teacher)
         with torch.enable_grad(), nullcontext() if plan.frozen == "on" else moving(student):
             s = look(student, part.images, features=at_student)
-            terms = {plan.loss: closeness(s.logits, t.logits)}
+            terms = {plan.loss: (d_o if plan.loss == "l1" else teacher.outputs.kl)(s.logits, t.logits)}
             if stages:
                 terms["stages"] = plan.alpha * d_f(s.features.values(), t.features.values())
             (share * torch.stack(list(terms.values())).sum()).backward()
@@ -200,9 +195,3 @@ def zaq(
     fit(student, teacher, batches, None, sgd, steps=plan.steps, run=run, schedulers=[slower, health], gradient=gradient,
         micro_batch=micro_batch, history_of=partial(codes_and_latents, student))  # fmt: skip
     return Outcome(student, report, batches, vars(plan))
-
-
-def _by_subject(image: tuple[int, int, int], act_bits: int) -> dict[str, Any]:
-    """What the corrected values depend on: a narrow generator for large images, and ranges that suit their bits."""
-    ranges = {"early": "excite", "ranges": "widening"} if act_bits >= MANY else {"early": "off", "ranges": "percentile"}
-    return ranges | ({"width": 16} if max(image[1:]) > SMALL else {})
