@@ -26,6 +26,8 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md", ROOT / "docs" / "per
 # A marker at the beginning of a line ends the old table: an empty block is one too, and never reaches into the next.
 BLOCK = re.compile(r"(<!-- results: (\w+) (\w+) -->\n)(?:(?!<!-- ).*\n)*(?=<!-- end -->)")
 BEGINNING = re.compile(r"<!-- results: .*-->")
+TRACES = {"ce": "CE", "kl_as_trained": "KL as trained, T=20", "kl_batchmean": "KL, batch mean, T=20",
+          "kl_t1": "KL, batch mean, T=1"}  # fmt: skip
 
 
 def score(row: dict[str, Any]) -> str:
@@ -108,9 +110,9 @@ def instruments(found: dict[str, Any]) -> list[str]:
     for kind in keys[0]["cosine"]:
         rows[f"cosine of CE and KL, {kind}"] = [f"{key['cosine'][kind]:.2f}" for key in keys]
     for kind in keys[0]["trace"]:
-        rows[f"trace, {kind}"] = [f"{key['trace'][kind][0]:.0f} ± {key['trace'][kind][1]:.0f}" for key in keys]
+        rows[f"trace, {TRACES[kind]}"] = [f"{key['trace'][kind][0]:.0f} ± {key['trace'][kind][1]:.0f}" for key in keys]
     for kind in keys[0]["trace"]:
-        rows[f"trace over loss, {kind}"] = [f"{key['trace'][kind][2]:.0f}" for key in keys]
+        rows[f"trace over loss, {TRACES[kind]}"] = [f"{key['trace'][kind][2]:.0f}" for key in keys]
     return lines + [f"| {name} | " + " | ".join(values) + " |" for name, values in rows.items()]
 
 

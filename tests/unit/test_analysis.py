@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import zsq as package
 from tiny import Command
@@ -46,6 +47,15 @@ def test_one_instrument_as_a_table(zsq: Command, run_copy: Path) -> None:
     said = zsq("analyse", run_copy, "--what", "flips")
     assert said.code == 0 and "of the weights" in said.out
     assert sorted(p.name for p in (run_copy / "analysis").iterdir()) == ["flips.json", "flips.png"]
+
+
+def test_images_without_labels_are_measured_with_the_teachers(zsq: Command, run_copy: Path) -> None:
+    tree = load_file(run_copy / "images.safetensors")
+    save_file({"images": tree["images"]}, run_copy / "images.safetensors")
+    said = zsq("analyse", run_copy, "--what", "cosine", "--count", "4", "--json")
+    assert said.code == 0 and "labels asked for" not in said.out
+    curves = json.loads((run_copy / "analysis" / "cosine.json").read_text())["curves"]
+    assert [curve["labels"] for curve in curves] == ["teacher's labels"] * 2
 
 
 def test_from_python_and_without_history(run_copy: Path) -> None:

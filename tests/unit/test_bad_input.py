@@ -226,10 +226,16 @@ def test_a_pickle_is_never_read(refused: Refused, folder: Folder, tmp_path: Path
 # ---- networks
 
 
-@pytest.mark.parametrize("recipe", ["ait", "gdfq", "zsq"])
+@pytest.mark.parametrize("recipe", ["ait", "gdfq", "zsq", "qimera", "autorecon"])
 def test_a_teacher_without_batchnorm(refused: Refused, folder: Folder, recipe: str) -> None:
     said = refused("quantize", *folder.teacher("without_norms"), "--recipe", recipe)
     assert "expected a network with BatchNorm layers" in said
+
+
+@pytest.mark.parametrize("recipe", ["gdfq", "qimera", "autorecon"])
+def test_a_loss_that_needs_labels(refused: Refused, recipe: str) -> None:
+    said = refused("quantize", "--recipe", recipe, "--images", "noise", "--steps", "2", "--warmup", "1")
+    assert "expected a label per image, got a source of images without labels" in said
 
 
 def test_a_network_that_cannot_be_traced(refused: Refused, folder: Folder) -> None:

@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from zsq.analysis.figures import require_matplotlib
+from zsq.analysis.figures import LOSSES, require_matplotlib
 from zsq.checkpoint import write_atomic
 
 Record = dict[str, Any]
@@ -80,6 +80,8 @@ def _cosine(axes: Any, arm: str, record: Record) -> None:
         last = [values[-1] for values in curve["layers"].values()]
         layers.plot([float("nan") if value is None else value for value in last], marker=".", label=label,
                     color=line.get_color())  # fmt: skip
+    for ax in axes:
+        ax.axhline(0, color="0.5", lw=0.8)
     over.set(xlabel="student updates", ylabel="cosine of CE and KL gradients", ylim=(-1.05, 1.05), title=first)
     layers.set(xlabel="layer", ylim=(-1.05, 1.05), title="last snapshot")
 
@@ -88,9 +90,10 @@ def _trace(axes: Any, arm: str, record: Record) -> None:
     """Traces of the losses in their scalings at the end, with standard errors; and divided by the loss."""
     kinds = next(iter(record["arms"].values()))
     last = [values[-1] for values in kinds.values()]
+    names = [LOSSES[kind][0].replace(", ", ",\n") for kind in kinds]
     errors = [value["stderr"] if isinstance(value["stderr"], float) else 0.0 for value in last]
-    axes[0].errorbar(list(kinds), [value["trace"] for value in last], errors, fmt="o", capsize=3, label=arm)
-    axes[1].plot(list(kinds), [value["trace_over_loss"] or float("nan") for value in last], "o", label=arm)
+    axes[0].errorbar(names, [value["trace"] for value in last], errors, fmt="o", capsize=3, label=arm)
+    axes[1].plot(names, [value["trace_over_loss"] or float("nan") for value in last], "o", label=arm)
     axes[0].set(yscale="symlog", ylabel="trace of the Hessian", title="end of the run")
     axes[1].set(yscale="symlog", ylabel="trace over loss", title="end of the run")
 

@@ -12,6 +12,9 @@ from zsq.checkpoint import write_atomic
 from zsq.errors import BadInput
 
 INSTALL = 'pip install "zsq[report]"'
+# Losses of the traces in words, and how their lines are drawn: those of CE and of KL at T = 1 often coincide.
+LOSSES = {"ce": ("CE", "--"), "kl_as_trained": ("KL as trained", "-"), "kl_batchmean": ("KL, batch mean", "-"),
+          "kl_t1": ("KL, batch mean, T=1", "-")}  # fmt: skip
 Record = dict[str, Any]
 
 
@@ -90,12 +93,13 @@ def _trace(record: Record) -> Any:
     steps = _steps(record)
     for arm, kinds in record["arms"].items():
         for kind, values in kinds.items():
-            label = f"{kind}, {arm}"
+            name, style = LOSSES[kind]
+            look = {"marker": "o", "ms": 3, "ls": style, "zorder": 3 if style == "--" else 2}
             errors = [0.0 if isinstance(v["stderr"], str) else v["stderr"] for v in values]
-            over.errorbar(steps, [v["trace"] for v in values], errors, marker="o", ms=3, capsize=2, label=label)
-            ratio.plot(steps, _known([v["trace_over_loss"] for v in values]), marker="o", ms=3)
+            over.errorbar(steps, [v["trace"] for v in values], errors, capsize=2, label=f"{name}, {arm}", **look)
+            ratio.plot(steps, _known([v["trace_over_loss"] for v in values]), **look)
             sizes = zip(values[-1]["layers"], record["sizes"], strict=True)
-            layers.plot([abs(total) / size for total, size in sizes], marker=".")
+            layers.plot([abs(total) / size for total, size in sizes], **look)
     traces = [value["trace"] for kinds in record["arms"].values() for values in kinds.values() for value in values]
     scale = "log" if min(traces) > 0 else "symlog"
     over.set(xlabel="student updates", ylabel="trace of the Hessian", yscale=scale)
@@ -106,33 +110,39 @@ def _trace(record: Record) -> Any:
 
 
 def _landscape(record: Record) -> Any:
-    """A row per arm and mode: contours of CE, KL as trained and batch-mean KL; surface; slices, over their centre."""
+    """Per arm and mode contours of CE and KL in two scalings; below them surface and slices, over the centre."""
     import numpy as np
 
-    figure, axes = _figure(len(record["surfaces"]), 5)
+    figure, axes = _figure(2 * len(record["surfaces"]), 3)
     at, factor = np.array(record["coordinates"]), record["kl_as_trained"]
-    shown = (("CE", "ce", 1.0), ("KL as trained", "kl", factor), ("KL batch mean", "kl", 1.0))
-    for row, surface in zip(axes, record["surfaces"], strict=True):
+    shown = (("CE", "ce", 1.0), ("KL as trained", "kl", factor), ("KL, batch mean", "kl", 1.0))
+    for row, below, surface in zip(axes[::2], axes[1::2], record["surfaces"], strict=True):
         rises = [np.array(surface["plane"][k]) * f - surface["centre"][k] * f for _, k, f in shown]
         low, high = min(r.min() for r in rises), max(r.max() for r in rises)
         levels = np.linspace(low, max(high, low + 1e-9), 16)
         last: Any = None
-        for ax, (title, _, _), rise in zip(row, shown, rises, strict=False):
+        for ax, (title, _, _), rise in zip(row, shown, rises, strict=True):
             last = ax.contourf(at, at, rise.T, levels=levels)
             ax.set_title(f"{title}, {surface['mode']}\n{surface['arm']}", fontsize=8)
-        figure.colorbar(last, ax=list(row[:3]), shrink=0.8, label="loss minus centre")
-        row[3].remove()
-        solid = figure.add_subplot(row[3].get_subplotspec(), projection="3d")
+        figure.colorbar(last, ax=list(row), shrink=0.8, label="loss minus centre")
+        grid = below[0].get_gridspec()
+        place = below[0].get_subplotspec().rowspan.start
+        for ax in below:
+            ax.remove()
+        solid = figure.add_subplot(grid[place, 0], projection="3d")
         x, y = np.meshgrid(at, at, indexing="ij")
         solid.plot_surface(x, y, rises[0], alpha=0.6, color="C0")
         solid.plot_surface(x, y, rises[2], alpha=0.6, color="C1")
-        solid.set_title("CE (blue), KL batch mean (orange)", fontsize=8)
+        solid.set_title("CE (blue), KL, batch mean (orange)", fontsize=8)
+        slices = figure.add_subplot(grid[place, 1:])
         for name, key, scale in shown:
             lines = (np.array(surface["lines"][key]) - surface["centre"][key]) * scale
-            (line,) = row[4].plot(at, lines.mean(0), marker=".", label=name)
-            row[4].fill_between(at, lines.min(0), lines.max(0), color=line.get_color(), alpha=0.15)
-        row[4].set(title=f"{len(surface['lines']['ce'])} directions, mean and range", xlabel="norms of each filter")
-        row[4].legend(fontsize=6)
+            (line,) = slices.plot(at, lines.mean(0), marker=".", label=name)
+            slices.fill_between(at, lines.min(0), lines.max(0), color=line.get_color(), alpha=0.15)
+        title = f"{surface['mode']}: {len(surface['lines']['ce'])} directions, mean and range"
+        slices.set(xlabel="norms of each filter", ylabel="loss minus centre")
+        slices.set_title(title, fontsize=8)
+        slices.legend(fontsize=6)
     return figure
 
 
