@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 import zsq as package
 from tiny import Command
 from zsq.analysis import INSTRUMENTS, figures
+from zsq.checkpoint import load_tree, save_tree
 from zsq.errors import BadInput
 
 FAST = ("--count", "12", "--probes", "2", "--points", "3")
@@ -50,8 +50,8 @@ def test_one_instrument_as_a_table(zsq: Command, run_copy: Path) -> None:
 
 
 def test_images_without_labels_are_measured_with_the_teachers(zsq: Command, run_copy: Path) -> None:
-    tree = load_file(run_copy / "images.safetensors")
-    save_file({"images": tree["images"]}, run_copy / "images.safetensors")
+    tree = load_tree(run_copy / "images.safetensors")
+    save_tree(run_copy / "images.safetensors", {"images": tree["images"]})
     said = zsq("analyse", run_copy, "--what", "cosine", "--count", "4", "--json")
     assert said.code == 0 and "labels asked for" not in said.out
     curves = json.loads((run_copy / "analysis" / "cosine.json").read_text())["curves"]

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 import zsq as package
 from tiny import Command, Folder, contents, tiny_teacher
+from zsq.analysis import INSTRUMENTS
+from zsq.analysis.flips import Flips, Layer
 from zsq.analysis.sensitivity import distance_of_logits, sensitivity, with_ranges_of
 from zsq.checkpoint import load_tree, save_tree
 from zsq.grid import decode, encode
@@ -28,6 +31,7 @@ from zsq.reporting.facts import training
 from zsq.reporting.layers import measure, size
 from zsq.reporting.opinions import album, colour, distance
 from zsq.reporting.pictures import pixels_of
+from zsq.reporting.readings import reading
 from zsq.tasks.base import Boxes
 from zsq.teachers import Teacher, make_teacher
 from zsq.teachers.facts import Facts
@@ -425,3 +429,33 @@ def test_single_costs_of_other_tasks(task: str) -> None:
     raw = teacher.net(images)
     assert compare(raw, raw)[:, 0].abs().max() < 1e-12 and compare(raw, raw)[:, 1].tolist() == [1.0] * 4
     assert compare(-raw, raw)[:, 0].min() > 0
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/zsq", "/x/src/zsq/cli.py", "/x/src/zsq/__main__.py"])
+def test_the_command_as_it_is_typed(run_copy: Path, program: str) -> None:
+    config = json.loads((run_copy / "config.json").read_text())
+    config["command"] = [program, "quantize", "my net.py:net"]
+    (run_copy / "config.json").write_text(json.dumps(config))
+    facts = package.report(run_copy, sensitivity=False, progress=False)
+    assert facts["reproduce"]["command"] == "zsq quantize 'my net.py:net'"
+
+
+def test_what_the_instruments_found_in_words(zsq: Command, run_copy: Path) -> None:
+    assert zsq("analyse", run_copy, "--count", "4", "--probes", "2", "--points", "5").code == 0
+    records = {name: json.loads((run_copy / "analysis" / f"{name}.json").read_text()) for name in INSTRUMENTS}
+    flips = Flips(records["flips"]["steps"], True, [Layer(**layer) for layer in records["flips"]["layers"]])
+    said = {name: reading(name, record) for name, record in records.items()}
+    assert f"{100 * flips.ratio('own_grid', 0):.2g} % changed in steps 0 to 1" in said["flips"]
+    estimate = records["trace"]["arms"]["synthetic images"]["ce"][-1]
+    assert f"CE {estimate['trace']:.4g} ± {estimate['stderr']:.2g};" in said["trace"]
+    assert "T=1 have one trace" in said["trace"]
+    first = [value for value in records["cosine"]["curves"][0]["values"][0] if value is not None]
+    assert f"{sum(first) / len(first):.2f} at the first snapshot".replace("-", "−") in said["cosine"]
+    surface = records["landscape"]["surfaces"][1]
+    ends = [line[i] for line in surface["lines"]["ce"] for i in (1, 3)]
+    assert f"CE {sum(ends) / len(ends) - surface['centre']['ce']:+.2f}".replace("-", "−") in said["landscape"]
+    assert reading("trace", {}) == reading("flips", {"layers": [], "steps": []}) == ""
+    (run_copy / "analysis" / "trace.json").unlink()
+    assert zsq("report", run_copy).code == 0
+    page = unescape((run_copy / "report.html").read_text())
+    assert said["cosine"] in page and said["trace"] not in page and "Figure of zsq analyse, trace" in page

@@ -167,5 +167,6 @@ def _flips(record: Record) -> Any:
     ):
         image = ax.imshow(values, aspect="auto", interpolation="nearest")
         ax.set(xlabel="interval", ylabel="layer", title=title)
+        ax.locator_params(integer=True)
         figure.colorbar(image, ax=ax)
     return figure

@@ -252,7 +252,7 @@ def _exports(path: Path) -> dict[str, dict[str, Any]]:
 def _reproduce(path: Path, config: dict[str, Any], teacher: Teacher, student: nn.Module) -> dict[str, Any]:
     command = config.get("command")
     return {
-        "command": shlex.join(map(str, command)) if isinstance(command, list) else None,
+        "command": _typed(command) if isinstance(command, list) else None,
         "versions": config.get("versions") or {},
         "seed": config.get("seed"),
         "threads": config.get("threads"),
@@ -265,6 +265,12 @@ def _reproduce(path: Path, config: dict[str, Any], teacher: Teacher, student: nn
                if (path / name).exists()},
         },
     }  # fmt: skip
+
+
+def _typed(command: list[Any]) -> str:
+    """A command line as a user types it: the program is zsq, however it was started."""
+    program, *rest = map(str, command or ["zsq"])
+    return shlex.join(["zsq" if Path(program).stem in ("cli", "__main__", "zsq") else program, *rest])
 
 
 def _sha256(file: Path) -> str:

@@ -11,9 +11,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from zsq.checkpoint import read_json
 from zsq.errors import BadInput
 from zsq.reporting.facts import Facts
 from zsq.reporting.pictures import Album, data_uri
+from zsq.reporting.readings import reading
 from zsq.reporting.words import METRICS, amount, percent, remarks, title, verdict
 
 PACKAGES = {"matplotlib": "matplotlib", "jinja2": "jinja2", "PIL": "pillow"}
@@ -80,10 +82,17 @@ def render(path: Path, facts: Facts, pictures: Album | None, labelled: Album | N
         most=max((row.kl for row in facts.layers if row.kl is not None), default=0.0),
         figures={name: _figure(path / file) for name, file in facts.analysis.items()},
         about=ABOUT,
+        readings={name: _reading(path, name) for name in facts.analysis},
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _reading(path: Path, name: str) -> str:
+    file = path / "analysis" / f"{name}.json"
+    record = read_json(file) if file.exists() else {}
+    return reading(name, record) if isinstance(record, dict) else ""
 
 
 def number(value: Any, digits: int = 4) -> str:
