@@ -123,10 +123,11 @@ def require(target: str) -> None:
             importlib.import_module(package)
         except ImportError as error:
             extra = "export,openvino" if target == "openvino" else "export"
-            missing = isinstance(error, ModuleNotFoundError) and error.name in (None, package)
-            got = "it is not installed" if missing else " ".join(str(error).split())[:200]
-            raise BadInput(f"--target {target}", expected=f"the package {package}", got=got,
-                           fix=f'Install it: pip install "zsq[{extra}]".') from error  # fmt: skip
+            got, fix = "it is not installed", f'Install it: pip install "zsq[{extra}]".'
+            if not isinstance(error, ModuleNotFoundError) or error.name not in (None, package):
+                reason = " ".join(str(error).split())[:200] or "built for other packages than these"
+                got, fix = f"one that does not import ({reason})", f'Install it anew: pip install -U "zsq[{extra}]".'
+            raise BadInput(f"--target {target}", expected=f"the package {package}", got=got, fix=fix) from error
 
 
 def _info(name: str, node: Any) -> Any:
