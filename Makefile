@@ -69,6 +69,9 @@ bench: $(ALL)     ## the measurements behind the README's table, into bench/resu
 	for matrix in bench/*.toml; do \
 	  $(BIN)/zsq bench $$matrix --jobs $(JOBS) --output bench/results/$$(basename $$matrix .toml).json || exit 1; \
 	done
+	for what in files speed bound; do \
+	  $(BIN)/python bench/export.py $$what --runs runs/bench --output bench/results/export.json || exit 1; \
+	done
 
 docs: $(ALL)      ## write docs/fidelity.md from the recipes' docstrings
 	$(BIN)/python scripts/render_fidelity.py
