@@ -1,31 +1,38 @@
 """Speed of a recipe's training step, against the same step without quantizers and against a plain implementation.
 
     python bench/speed.py --recipe ait --json bench/results/speed_ait.json
+    python bench/speed.py --all --json bench/results/speed_recipes.json
     python bench/speed.py --sweep --json bench/results/speed_sweep.json
 
 The recipe runs as it is, for a few steps, at the published batch of 200. In turns its step is taken with quantizers and
 gradient inundation (Q), with quantizers only (P) and with neither (F, a plain float distillation step with the same
 source, teacher and optimizer); `ait` and `gdfq` also alternate with `bench/reference_gdfq_ait.py`. Times are the minima
 over all turns, in CPU seconds of one thread (wall clock on a GPU, or with `--threads`): the machine may be busy.
+`--all` measures every recipe, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import resource
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from reference_gdfq_ait import Reference
 from scaling import sweep
@@ -33,7 +40,7 @@ from zsq import recipes
 from zsq.bench import commit
 from zsq.checkpoint import write_json_atomic
 from zsq.insert import QuantSpec, without_quantizers
-from zsq.machine import describe_device, versions
+from zsq.machine import choose_precision, describe_device, matrix_rate, versions
 from zsq.run import Run
 from zsq.teachers import Teacher, load_teacher
 
@@ -102,7 +109,9 @@ class Measured(Run):
 
     def _profiled(self, number: int) -> Iterator[int]:
         """One step whose operations are counted, and the peak of memory so far."""
-        with FlopCounterMode(display=False) as flops, profile(activities=[ProfilerActivity.CPU]) as found:
+        counted = {torch.ops.onednn.qconv2d_pointwise: integer_conv_flop}
+        flops = FlopCounterMode(display=False, custom_mapping=counted)
+        with flops, profile(activities=[ProfilerActivity.CPU]) as found:
             yield number
         copies = {"aten::copy_", "aten::_to_copy", "aten::clone", "aten::contiguous"}
         events = found.key_averages()
@@ -131,21 +140,33 @@ class Measured(Run):
 
             return call
 
+        def drawing(*args: Any, **named: Any) -> Any:
+            begun["draw"] = self.clock()
+            try:
+                return timed("draw", draw)(*args, **named)
+            finally:
+                del begun["draw"]
+
         def before(*_: Any) -> None:
             begun["forward"] = self.clock()
 
         def after(name: str, *_: Any) -> None:
-            self.inside[name] += self.clock() - begun["forward"]
+            self.inside[f"{name} while drawing" if "draw" in begun else name] += self.clock() - begun["forward"]
 
         with ExitStack() as stack:
             for name, net in (("student forward", student), ("teacher forward", self.teacher.net)):
                 stack.callback(net.register_forward_pre_hook(before).remove)
                 stack.callback(net.register_forward_hook(partial(after, name)).remove)
-            source.draw, optimizer.step = timed("draw", draw), timed("optimizer", step)
+            source.draw, optimizer.step = drawing, timed("optimizer", step)
             try:
                 yield
             finally:
                 source.draw, optimizer.step = draw, step
+
+
+def integer_conv_flop(x: list[int], *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    """Products and sums of a convolution on integers, as torch counts those of one in float."""
+    return conv_flop_count(x, rest[2], out_shape)
 
 
 @contextmanager
@@ -171,18 +192,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
-    """Operations per second of a matrix product."""
-    clock, a = Clock(device), torch.randn(size, size, device=device).to(dtype)
-    times = []
-    for _ in range(6):
-        begun = clock()
-        for _ in range(4):
-            torch.mm(a, a)
-        times.append(clock() - begun)
-    return 4 * 2 * size**3 / min(times)
 
 
 def make_reference(teacher: Teacher, *, batch: int, bits: int, lr: float) -> Callable[[], Any]:
@@ -218,32 +227,53 @@ def summary(measured: Measured, *, recipe: str, teacher: Teacher, batch: int, bi
     """What the times say."""
     best = {name: min(times) for name, times in measured.times.items()}
     device = teacher.device
-    about = {"recipe": recipe, "teacher": teacher.name, "batch": batch, "bits": bits,
+    about = {"recipe": recipe, "teacher": teacher.name, "batch": batch, "bits": bits, "precision": teacher.precision,
              "device": describe_device(device), "versions": versions(), "commit": commit()}  # fmt: skip
     if "Q" not in best:  # calibration only: there is no training step
         return about | {"seconds_per_step": best, "peak_memory_bytes": peak_memory(device)}
-    rates = {name: matrix_rate(kind, device) for name, kind in (("float32", torch.float32), ("bf16", torch.bfloat16))}
-    forward = {arm: best[f"{arm} student forward"] for arm in ARMS}
+    kinds = {"float32": torch.float32, "bf16": torch.bfloat16}
+    rates = {name: matrix_rate(kind, device, tries=12) for name, kind in kinds.items()}
     draw = min(best[f"{arm} draw"] for arm in ARMS)
-    seen = best.get("Q teacher forward", 0.0)
+    inside, outside = (best.get(f"P teacher forward{when}", 0.0) for when in (" while drawing", ""))
+    forward = best["P student forward"]
     inundation = max(0.0, best["Q optimizer"] - best["P optimizer"])
     parts = {
-        "source with the teacher's backward": max(0.0, draw - seen), "teacher forward": seen,
-        "student forward, float": forward["F"],
-        "student backward and loss, float": best["F own"] - forward["F"] - best["F optimizer"],
-        "quantizers": max(0.0, best["P own"] - best["F own"]), "optimizer": best["P optimizer"],
-        "gradient inundation": inundation,
+        "source with the teacher's backward": draw - inside, "teacher forward": inside + outside,
+        "student forward": forward,
+        "student backward and loss": best["P own"] - forward - outside - best["P optimizer"],
+        "optimizer": best["P optimizer"], "gradient inundation": inundation,
     }  # fmt: skip
-    floor = measured.facts["flop"] / rates["float32"]
+    floor = measured.facts["flop"] / max(rates.values())
     result = about | {
         "turns": len(measured.times["Q"]), "seconds_per_step": best["Q"], "steps_per_second": 1 / best["Q"],
         "step_over_float_step": best["Q"] / best["F"], "student_over_float_student": best["Q own"] / best["F own"],
+        "quantizer_seconds": best["P own"] - best["F own"],
         "gi_overhead": inundation / best["P"], "parts": parts, "matrix_rate": rates,
         "floor_seconds": floor, "step_over_floor": best["Q"] / floor, **measured.facts,
     }  # fmt: skip
     if "reference" in best:
         result |= {"reference_seconds": best["reference"], "speedup_over_reference": best["reference"] / best["Q"]}
     return result
+
+
+def every_recipe(given: argparse.Namespace) -> dict[str, Any]:
+    """Each recipe measured in a process of its own, so that peaks of memory are its own.
+
+    Args:
+        given: the command line.
+    """
+    rows = []
+    with TemporaryDirectory() as folder:
+        for recipe in recipes.names():
+            file = Path(folder) / f"{recipe}.json"
+            command = [sys.executable, __file__, "--recipe", recipe, "--json", str(file)]
+            for name in ("teacher", "batch", "bits", "cycles", "threads", "device", "precision"):
+                command += [f"--{name}", str(getattr(given, name))]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            rows.append(json.loads(file.read_text(encoding="utf-8")))
+            print(recipe, rows[-1].get("steps_per_second"), file=sys.stderr, flush=True)
+    shared = {key: rows[0][key] for key in ("device", "versions", "commit")}
+    return {"recipes": [{k: v for k, v in row.items() if k not in shared} for row in rows], **shared}
 
 
 def main() -> None:
@@ -256,14 +286,19 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.sweep:
+    if given.all:
+        result = every_recipe(given)
+    elif given.sweep:
         result = sweep(run)
     else:
         teacher = load_teacher(given.teacher, device=given.device)
+        teacher = replace(teacher, precision=choose_precision(given.precision, teacher.device))
         about = {"recipe": given.recipe, "batch": given.batch, "bits": given.bits}
         against = given.recipe in WITH_REFERENCE and teacher.device.type == "cpu"
         result = summary(run(teacher, cycles=given.cycles, against=against, **about), teacher=teacher, **about)

@@ -5,8 +5,9 @@
 
 A table stands between ``<!-- results: NAME LAYOUT -->`` and ``<!-- end -->``: NAME.json, and LAYOUT `wide` (a row per
 method, a column per bit width), `long` (a row per method and bit width, with agreements and minutes), `instruments` (a
-column per analysed cell), `times` (bench/analysis_time.py), `memory` (bench/generator_memory.py), `speed` and `scaling`
-(bench/speed.py), or `exported`, `files`, `latency` and `kernels` (bench/export.py).
+column per analysed cell), `times` (bench/analysis_time.py), `memory` (bench/generator_memory.py), `speed`, `scaling`
+and `recipes` (bench/speed.py), `parts` (bench/memory.py), `starts` (bench/startup.py), `compiled`
+(bench/compile_trial.py), or `exported`, `files`, `latency` and `kernels` (bench/export.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import export_tables
+import speed_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md", ROOT / "docs" / "performance.md")
@@ -60,37 +62,6 @@ def long(rows: list[dict[str, Any]]) -> list[str]:
         f"| {100 * row['agreement']:.1f} | {100 * row['probe_agreement']:.1f} | {row['seconds'] / 60:.1f} |"
         for row in rows
     ]
-    return lines
-
-
-def speed(found: dict[str, Any]) -> list[str]:
-    """Where a step's time goes, and what it is compared with."""
-    whole = found["seconds_per_step"]
-    lines = ["| part of a step | ms | share |", "|---|---|---|"]
-    lines += [f"| {name} | {1000 * t:.1f} | {100 * t / whole:.1f} % |" for name, t in found["parts"].items()]
-    lines.append(f"| whole step, measured | {1000 * whole:.1f} | |")
-    ratios = {
-        "whole step over float step": f"{found['step_over_float_step']:.3f}",
-        "student over float student": f"{found['student_over_float_student']:.3f}",
-        "gradient inundation, added share": f"{100 * found['gi_overhead']:.2f} %",
-        "reads of a number per unlogged step": f"{found['host_syncs_per_step']}",
-        "whole step over arithmetic floor": f"{found['step_over_floor']:.2f}",
-        "peak memory": f"{found['peak_memory_bytes'] / 2**20:.0f} MiB",
-        "matrix rate, float32 and bfloat16": " and ".join(f"{v / 1e9:.0f}" for v in found["matrix_rate"].values())
-        + " GFLOP/s",
-    }
-    if "speedup_over_reference" in found:
-        ratios["plain implementation over whole step"] = f"{found['speedup_over_reference']:.2f}"
-    return [*lines, "", "| measure | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in ratios.items())]
-
-
-def scaling(found: dict[str, Any]) -> list[str]:
-    """How time and arithmetic grow with each quantity: exponents from the first to the last value."""
-    lines = ["| varied | values | ms per step | exponent, time | exponent, arithmetic |", "|---|---|---|---|---|"]
-    for row in found["sweep"]:
-        values = ", ".join(str(point["value"]) for point in row["points"])
-        times = ", ".join(f"{1000 * point['seconds']:.0f}" for point in row["points"])
-        lines.append(f"| {row['what']} | {values} | {times} | {row['exponent']:.2f} | {row['exponent_flop']:.2f} |")
     return lines
 
 
@@ -140,7 +111,9 @@ def times(found: dict[str, Any]) -> list[str]:
 
 LAYOUTS: dict[str, Callable[[Any], list[str]]] = {
     "wide": lambda found: wide(found["table"]), "long": lambda found: long(found["table"]),
-    "instruments": instruments, "memory": memory, "times": times, "speed": speed, "scaling": scaling,
+    "instruments": instruments, "memory": memory, "times": times, "speed": speed_tables.speed,
+    "scaling": speed_tables.scaling, "recipes": speed_tables.by_recipe, "starts": speed_tables.starts,
+    "parts": speed_tables.parts, "compiled": speed_tables.compiled,
     "exported": export_tables.exported, "files": export_tables.files, "latency": export_tables.latency,
     "kernels": export_tables.kernels,
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,6 +105,7 @@ def quantize_network(
     """Load the teacher, run the recipe, print the summary."""
     from zsq import pipeline
     from zsq.insert import QuantSpec
+    from zsq.machine import choose_precision
     from zsq.run import Run
     from zsq.teachers import load_teacher
     from zsq.texts import layer_bits
@@ -117,16 +118,18 @@ def quantize_network(
     )  # fmt: skip
     device = pipeline.resolve_device(running.device)
     teacher = load_teacher(teacher_name, **facts.facts(), device=device)
+    path = running.run or pipeline.default_path(teacher, recipe, spec, running.seed)
+    begun = path / "config.json" if running.resume else None
+    teacher = replace(teacher, precision=choose_precision(running.precision, device, begun=begun))
     data = None if running.eval is None else pipeline.open_data(running.eval, teacher)
     images = pipeline.load_pool(running.images, teacher.sized(size), apart_from=running.eval)
     job: dict[str, Any] = {"recipe": recipe, "spec": spec, "images": images, "options": options, "synthetic": size}
     if not running.resume:  # a resumed run passed this before
         pipeline.rehearse(teacher, seed=running.seed, **job)
-    path = running.run or pipeline.default_path(teacher, recipe, spec, running.seed)
     config = {
         "teacher": {**facts.recorded(teacher_name), "fingerprint": teacher.fingerprint},
         "recipe": recipe, "spec": spec.to_json(), "options": options, "images": running.images,
-        "synthetic": running.synthetic,
+        "synthetic": running.synthetic, "precision": teacher.precision,
     }  # fmt: skip
     with Run(path, config=config, seed=running.seed, device=device, resume=running.resume) as run:
         summary = pipeline.produce(teacher, run, data=data, **job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from zsq.errors import BadInput
 from zsq.insert import activation_quantizers, freeze_ranges, observe_ranges
+from zsq.insert.integers import on_integers, require_small
 from zsq.run import Run
 from zsq.run.stage import Stateful
 from zsq.sources.base import Batch, Source, prepare
@@ -84,7 +86,7 @@ def fit(
     stage: str = "fit",
     micro_batch: int | None = None,
     history_of: Callable[[], Mapping[str, Any]] | None = None,
-    precision: Literal["float32", "bf16"] = "float32",
+    precision: Literal["float32", "bf16", "integers"] | None = None,
     gradient: Gradient | None = None,
 ) -> None:
     """Distil the teacher into the student on the source's images.
@@ -106,8 +108,10 @@ def fit(
         stage: name of the stage.
         micro_batch: pass at most this many images at a time through the student; the gradient is the same.
         history_of: gives the tensors of one history snapshot.
-        precision: bf16 runs the convolutions and linear layers of both networks in bfloat16; quantizers and losses stay
-            float32.
+        precision: of the student's products; quantizers and losses stay float32. integers: of codes where both factors
+            are on a grid (`zsq.insert.integers`), exact forwards, gradients rounded to bfloat16; the others in float32.
+            bf16: convolutions and linear layers of both networks
+            in bfloat16. None: integers if the teacher's precision is bf16, else float32.
         gradient: takes the place of forward, loss and backward: given a part of a batch and its share, adds the share's
             gradient to the student's parameters and returns the part's terms.
 
@@ -116,6 +120,7 @@ def fit(
         RunFailed: if the loss or a weight is not finite.
         Interrupted: if a signal stopped the run.
     """
+    precision = precision or ("integers" if teacher.precision == "bf16" else "float32")
     _check(student, optimizer, micro_batch, precision)
     add_gradient = gradient or partial(_loss_gradient, student, teacher.net, loss, features, precision)
     prepare(source, run)
@@ -124,17 +129,20 @@ def fit(
     objects |= {f"scheduler{i}": schedule for i, schedule in enumerate(schedulers)}
     if inundation is not None:
         objects["inundation"] = inundation
-    for step in run.steps(stage, steps, history_of=history_of, **objects):
-        batch = source.draw(run.rng(stage, step))
-        optimizer.zero_grad(set_to_none=True)
-        terms: dict[str, Tensor] = {}
-        for part, share in _parts(batch, micro_batch):
-            for name, term in add_gradient(part, share).items():
-                terms[name] = terms.get(name, 0.0) + share * term.detach()
-        optimizer.step()
-        for schedule in schedulers:
-            schedule.step()
-        run.log(**terms, **_distinct(source, terms))
+    with on_integers(student) if precision == "integers" else nullcontext(()) as plans:
+        for step in run.steps(stage, steps, history_of=history_of, **objects):
+            batch = source.draw(run.rng(stage, step))
+            optimizer.zero_grad(set_to_none=True)
+            terms: dict[str, Tensor] = {}
+            for part, share in _parts(batch, micro_batch):
+                for name, term in add_gradient(part, share).items():
+                    terms[name] = terms.get(name, 0.0) + share * term.detach()
+            optimizer.step()
+            for schedule in schedulers:
+                schedule.step()
+            run.log(**terms, **_distinct(source, terms))
+            if (step + 1) % run.log_every == 0 or step + 1 == steps:  # where a line is read back anyway
+                require_small(plans)
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -169,8 +177,8 @@ def _check(student: nn.Module, optimizer: torch.optim.Optimizer, micro_batch: in
         raise BadInput(
             "--micro-batch", expected="a whole number from 1", got=micro_batch, fix="Leave it out for no split."
         )
-    if precision not in ("float32", "bf16"):
-        raise BadInput("precision", expected="float32 or bf16", got=repr(precision), fix="Choose one of them.")
+    if precision not in ("float32", "bf16", "integers"):
+        raise BadInput("precision", expected="float32, bf16 or integers", got=repr(precision), fix="Choose one.")
 
 
 def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
@@ -198,7 +206,7 @@ def _teacher_view(teacher: nn.Module, batch: Batch, features: Sequence[str], pre
 
 
 def _view(net: nn.Module, images: Tensor, features: Sequence[str], precision: str) -> View:
-    if precision == "float32":
+    if precision != "bf16":
         return look(net, images, features=features)
     with torch.autocast(images.device.type, dtype=torch.bfloat16):
         return _in_float32(look(net, images, features=features))

@@ -142,11 +142,12 @@ def require_generator_memory(
         BadInput: naming ``--batch`` or `instead`, if less memory is available than the step needs.
     """
     inputs, _ = latents(2, torch.Generator())
-    half = [(x.bfloat16() if x.is_floating_point() else x).to("meta") for x in inputs]
+    kind = torch.bfloat16 if teacher.precision == "bf16" else torch.float32
+    given = [(x.to(kind) if x.is_floating_point() else x).to("meta") for x in inputs]
     with torch.device("meta"):
-        generator = build().bfloat16()  # as the step runs it
-    made = footprint(generator, *half)
-    each = made.kept + _teacher(teacher, precision="bf16").kept
+        generator = build().to(kind)  # as the step runs it
+    made = footprint(generator, *given)
+    each = made.kept + _teacher(teacher, precision=teacher.precision).kept
     cost = _cost("generator", made, _GENERATOR, _GRADIENTS * each, batch)
     return _require(teacher, cost, option="--batch", least=2, instead=instead)  # it normalises over its batch
 

@@ -22,7 +22,7 @@ def whole_number(kind: object, tokens: Sequence[Token]) -> int:
 
 Whole = Parameter(converter=whole_number)
 Several = Parameter(consume_multiple=True, negative=())
-COMMON = {"teacher", "run", "spec", "images", "base", "budget", "fidelity", "steps", "batch", "micro_batch"}
+COMMON = {"teacher", "run", "spec", "images", "base", "budget", "fidelity", "steps", "batch", "micro_batch", "precision"}
 
 
 @Parameter(name="*")
@@ -146,6 +146,8 @@ class RunOptions:
         run: run directory; runs/TEACHER-RECIPE-WxAy-sSEED if not given.
         eval: labelled set to score teacher and student on afterwards.
         device: where to compute.
+        precision: what is multiplied in while training: bf16 (and the student on its integers), float32, or auto, the
+            faster one here.
         seed: seed of every random number.
         resume: go on with an interrupted run.
         json: print one JSON object instead of a table.
@@ -162,6 +164,7 @@ class RunOptions:
     run: Path | None = None
     eval: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "float32"] = "auto"
     seed: Annotated[int, Whole] = 0
     resume: Annotated[bool, Parameter(negative=())] = False
     json: Annotated[bool, Parameter(negative=())] = False

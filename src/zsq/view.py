@@ -90,11 +90,7 @@ def _accumulate(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 class _ChannelMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if x.device.type == "cpu":
-            mean, var = _accumulate(x, dtype)
-        else:  # accelerators reduce over several dimensions well, and every further launch costs
-            var, mean = torch.var_mean(x.to(dtype), [d for d in range(x.dim()) if d != 1], correction=0)
+        mean, var = _moments(x)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -102,11 +98,53 @@ class _ChannelMoments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, mean_grad: Tensor, var_grad: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        # dx = (x - mean) * 2 g_var / n + g_mean / n: torch's inference BatchNorm is one fast pass of that form, in
-        # either memory format, with float32 arithmetic for half-precision inputs.
-        unit = torch.ones_like(mean)
-        return torch.batch_norm(x, var_grad * (2 / count), mean_grad / count, mean, unit, False, 0.0, 0.0, False)
+        return _moments_backward(x, mean, mean_grad, var_grad)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.device.type == "cpu":
+        return _accumulate(x, dtype)
+    # Accelerators reduce over several dimensions well, and every further launch costs.
+    var, mean = torch.var_mean(x.to(dtype), [d for d in range(x.dim()) if d != 1], correction=0)
+    return mean, var
+
+
+def _moments_backward(x: Tensor, mean: Tensor, mean_grad: Tensor, var_grad: Tensor) -> Tensor:
+    """Gradient of both moments: (x - mean) * 2 g_var / n + g_mean / n."""
+    count = x.numel() // x.shape[1]
+    return _affine(x, var_grad * (2 / count), mean_grad / count, mean)
+
+
+def _affine(x: Tensor, factor: Tensor, offset: Tensor, mean: Tensor) -> Tensor:
+    """(x - mean) * factor + offset, per channel."""
+    # torch's inference BatchNorm is one fast pass of that form, in either memory format, with float32 arithmetic.
+    return torch.batch_norm(x, factor, offset, mean, torch.ones_like(mean), False, 0.0, 0.0, False)
+
+
+class _ObservedNorm(torch.autograd.Function):
+    """A BatchNorm in evaluation mode and the moments of its input as one node of the graph.
+
+    Apart, they would be two: their gradients would meet in a further pass, and torch's backward of a BatchNorm also
+    reduces for parameters that ask for nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seen = _moments(x)
+        factor = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, seen[0], factor if weight is None else factor * weight)
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False), *seen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, mean_grad: Tensor, var_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, factor = ctx.saved_tensors
+        none = torch.zeros_like(factor)
+        total = _moments_backward(x, mean, mean_grad, var_grad)
+        return total.add_(_affine(grad, factor, none, none)), None, None, None, None, None
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +173,24 @@ def _observe_norm(mean: Tensor, var: Tensor, norms: list[Moments]) -> Callable[.
         norms.append(Moments(*seen, mean.to(seen[0].dtype), var.to(seen[0].dtype)))
 
     return hook
+
+
+def _observing_forward(norm: Any, norms: list[Moments]) -> Callable[[Tensor], Tensor]:
+    """A forward for a frozen BatchNorm that also records what it was given."""
+
+    def forward(input: Tensor) -> Tensor:
+        y: Tensor
+        y, mean, var = _ObservedNorm.apply(input, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+        norms.append(Moments(mean, var, norm.running_mean.to(mean.dtype), norm.running_var.to(mean.dtype)))
+        return y
+
+    return forward
+
+
+def _frozen_stock(norm: _BatchNorm) -> bool:
+    """Whether a BatchNorm is torch's own, in evaluation mode, asks for no gradient and nobody took its forward."""
+    stock = type(norm).forward is _BatchNorm.forward and "forward" not in norm.__dict__
+    return stock and not norm.training and not any(p.requires_grad for p in norm.parameters())
 
 
 def _observe_output(name: str, found: dict[str, Tensor]) -> Callable[..., None]:
@@ -185,6 +241,10 @@ def look(net: nn.Module, x: Tensor, *, norms: bool = False, features: Sequence[s
                     and module.running_mean is not None
                     and module.running_var is not None
                 ):
+                    if _frozen_stock(module):
+                        module.__dict__["forward"] = _observing_forward(module, seen)
+                        hooks.callback(module.__dict__.pop, "forward")
+                        continue
                     hook = _observe_norm(module.running_mean, module.running_var, seen)
                     hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if features:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsq.errors import BadInput
-from zsq.generators import AddingGenerator, BatchStatsNorm, ConditionalGenerator, UpConv
+from zsq.generators import AddingGenerator, BatchStatsNorm, ConditionalGenerator, UpConv, conv_of_doubled
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gdfq.json").read_text(encoding="utf-8"))
 
@@ -40,9 +40,27 @@ def test_up_conv_is_the_naive_graph(layout: torch.memory_format) -> None:
     fast = conv(x)
     assert (fast - naive).abs().max() < 1e-12
     weights = torch.randn_like(naive)
-    wanted = (x, conv.weight, conv.bias)
+    wanted = (x, conv.weight)
     for a, b in zip(*(torch.autograd.grad((y * weights).sum(), wanted) for y in (fast, naive)), strict=True):
         assert (a - b).abs().max() < 1e-12
+    assert conv.bias is not None
+    with_bias = conv_of_doubled(x, conv.weight, conv.bias)  # for those who train it
+    (bias,) = torch.autograd.grad((with_bias * weights).sum(), conv.bias)
+    assert (bias - weights.sum((0, 2, 3))).abs().max() < 1e-12
+
+
+def test_the_bias_before_a_norm_has_no_effect_and_is_not_trained() -> None:
+    net = ConditionalGenerator(3, (3, 8, 8)).double()
+    z, labels = inputs(8, classes=3)
+    before = net(z.double(), labels)
+    with torch.no_grad():
+        for bias in (net.conv1.bias, net.conv2.bias):
+            assert bias is not None
+            bias.add_(torch.randn_like(bias))
+    after = net(z.double(), labels)
+    assert (after - before).abs().max() < 1e-9
+    after.pow(3).sum().backward()
+    assert net.conv1.bias.grad is None and net.conv2.bias.grad is None
 
 
 def test_up_conv_on_the_smallest_grid() -> None:
@@ -174,7 +192,9 @@ def test_every_parameter_learns() -> None:
     for conditional in (False, True):
         net = ConditionalGenerator(3, (3, 8, 8), conditional=conditional)
         net(*inputs(8, classes=3)).pow(3).sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+        inert = {net.conv1.bias, net.conv2.bias}
+        learning = [p for p in net.parameters() if p not in inert]
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learning)
 
 
 def test_initial_weights_follow_rng() -> None:

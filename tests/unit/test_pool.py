@@ -92,3 +92,24 @@ def test_what_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], words
         return
     with pytest.raises(BadInput, match=words):
         read_pool(tmp_path / "pool.safetensors", image=(1, 4, 4), classes=3)
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are not the pages of some file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say what memory is made of")
+def test_a_saved_pool_stays_in_its_file(tmp_path: Path) -> None:
+    """A pool larger than memory can be drawn from: a draw costs its own images."""
+    images = torch.arange(4096.0)[:, None, None, None].expand(4096, 3, 64, 64)  # 201 MB
+    save_file({"images": images.contiguous()}, tmp_path / "pool.safetensors")
+    before = anonymous_memory()
+    pool, _ = read_pool(tmp_path / "pool.safetensors", image=(3, 64, 64), classes=3)
+    source = PoolSource(pool, None, name="large", batch=32)
+    drawn = [source.draw(torch.Generator().manual_seed(seed)).images for seed in range(10)]
+    held = source.sample(500, torch.Generator().manual_seed(0)).images
+    assert anonymous_memory() - before < 64 * 2**20  # ten batches and 500 images are 40 MB
+    assert all(bool((batch == batch[:, :1, :1, :1]).all()) and batch.max() < 3584 for batch in drawn)
+    assert held.min() >= 3584 and len({float(value) for value in held[:, 0, 0, 0]}) == 500

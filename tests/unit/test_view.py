@@ -198,3 +198,65 @@ def test_frozen_puts_every_flag_back() -> None:
         assert inside is net and not any(flags())
         raise ValueError("stop")
     assert flags() == before and any(before) and not all(before)
+
+
+class Norms(nn.Module):
+    """A BatchNorm called twice, one without parameters, one in three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.twice = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.bare, self.line = nn.BatchNorm2d(6, affine=False), nn.BatchNorm1d(6)
+        for norm in (self.twice, self.bare, self.line):
+            norm.running_mean.uniform_(-1, 1)
+            norm.running_var.uniform_(0.3, 2)
+        with torch.no_grad():
+            self.twice.weight.uniform_(-1, 1)
+            self.twice.bias.uniform_(-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(torch.relu(self.twice(self.conv(x))))
+        return self.line(input=torch.relu(self.bare(x)).flatten(2)).mean(2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_frozen_norms_are_one_node_with_the_same_result(layout: torch.memory_format) -> None:
+    """A frozen BatchNorm takes the short way, one whose parameters ask for gradients the plain one."""
+    torch.manual_seed(0)
+    net = Norms().double().eval()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64).to(memory_format=layout)
+
+    def found() -> tuple[list[Tensor], Tensor, str]:
+        images = x.clone().requires_grad_()
+        view = look(net, images, norms=True)
+        parts = [part for norm in view.norms for part in norm]
+        total = view.logits.pow(3).sum() + sum((i + 1) * part.square().sum() for i, part in enumerate(parts))
+        (gradient,) = torch.autograd.grad(total, images)
+        return [view.logits.detach(), *(part.detach() for part in parts)], gradient, str(view.norms[0].mean.grad_fn)
+
+    plain, plain_gradient, plain_node = found()
+    net.requires_grad_(False)
+    short, short_gradient, short_node = found()
+    assert "ObservedNorm" in short_node and "ObservedNorm" not in plain_node
+    assert len(short) == len(plain) == 1 + 4 * 4
+    for a, b in zip(short, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(short_gradient, plain_gradient, rtol=1e-11, atol=1e-11)
+    assert not any("forward" in module.__dict__ for module in net.modules())
+
+
+def test_a_norm_with_another_forward_keeps_it() -> None:
+    torch.manual_seed(0)
+    net = Norms().eval().requires_grad_(False)
+    net.bare.__dict__["forward"] = lambda x: 2 * x
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(look(net, x, norms=True).logits, net(x))
+    assert len(look(net, x, norms=True).norms) == 4
+    assert net.bare.__dict__["forward"](1) == 2
+
+
+def test_the_short_way_is_left_after_an_error() -> None:
+    net = Norms().eval().requires_grad_(False)
+    with pytest.raises(RuntimeError):
+        look(net, torch.randn(2, 4, 5, 5), norms=True)  # four channels into three
+    assert not any("forward" in module.__dict__ for module in net.modules())

@@ -109,8 +109,8 @@ def quantize(model: nn.Module, spec: QuantSpec | None = None) -> tuple[nn.Module
     for layer, origin in zip(layers, origins, strict=True):
         path = _weight_path(layer, spec, edge=layer in edges)
         path.folded = (folds[layer],) if layer in folds else ()
-        if deploy:
-            path.sources = tuple(None if node is None else quantizers[node] for node in origin)
+        path.inputs = tuple(None if node is None else quantizers[node] for node in origin)
+        path.sources = path.inputs if deploy else ()
         own = path.quantizer
         rows.append(WeightRow(layer.name, layer.shape, own.bits, own.axis, own.symmetric))
         _attach(traced, layer, path)

@@ -75,6 +75,10 @@ class _QuantizedConv(_Quantized):
 
     def forward(self, input: Tensor, *, site: int = 0) -> Tensor:
         layer: Any = self
+        integers = self.weight_path.integers
+        found = None if integers is None else integers(input, site)
+        if found is not None:
+            return found
         return layer._conv_forward(input, *self.weight_path(input, layer.weight, layer.bias, site))
 
 
@@ -129,6 +133,11 @@ def swap_class(layer: nn.Module, weight_path: WeightPath) -> None:
     if is_plain(layer):
         behaviour = _QuantizedLinear if isinstance(layer, nn.Linear) else _QuantizedConv
     layer.__class__ = _swapped(type(layer), behaviour)  # type: ignore[arg-type]
+
+
+def is_plain_conv(layer: nn.Module) -> bool:
+    """Whether a layer with a quantized weight is a convolution that does nothing else in its forward."""
+    return isinstance(layer, _QuantizedConv)
 
 
 def is_plain(layer: nn.Module) -> bool:

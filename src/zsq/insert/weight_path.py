@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,8 @@ class WeightPath(nn.Module):
     Attributes:
         active: False makes the path exact (folding stays); for comparisons with the float network.
         folded: the BatchNorm folded into the weight, or nothing.
-        sources: per call site of the layer the quantizer whose grid its input is on, or None.
+        inputs: per call site of the layer the quantizer whose grid its input is on, or None.
+        sources: the same where the bias has to lie on the accumulator's grid; empty where it is not rounded.
         parameter: path of the latent parameter: inside the layer, or inside the student for a functional layer.
         derived: the layer computes its weight from parameters (weight normalisation, standardisation).
         ceiling: largest inv_step of the weight with which the bias fits into int32, as of the last forward; or None.
@@ -44,7 +45,9 @@ class WeightPath(nn.Module):
         self.ceiling: Tensor | None = None
         # Tuples: modules that live elsewhere in the network must not be registered a second time.
         self.folded: tuple[nn.Module, ...] = ()
+        self.inputs: tuple[Quantizer | None, ...] = ()
         self.sources: tuple[Quantizer | None, ...] = ()
+        self.integers: Callable[[Tensor, int], Tensor | None] | None = None  # set while a loop computes on integers
 
     @property
     def norm(self) -> Any:

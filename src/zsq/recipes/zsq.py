@@ -96,7 +96,7 @@ def zsq(
     temperature: float = 20.0, kl_reduction: Literal["mean", "batchmean"] = "mean",
     ranges: Literal["percentile", "ema", "mse", "learned"] | None = None,
     weight_ranges: Literal["live", "mse", "learned"] | None = None, rounding: int = 0,
-    flip_rate: float = 0.0, precision: Literal["bf16", "float32"] = "bf16",
+    flip_rate: float = 0.0, precision: Literal["bf16", "float32"] | None = None,
 ) -> Outcome:  # fmt: skip
     """Quantize `teacher` with our own recipe.
 
@@ -128,7 +128,7 @@ def zsq(
             that do not follow the weights.
         flip_rate: share of a layer's integer weights that must change per step (AIT), x 0.1 at a quarter, half and three
             quarters of the run; 0 for plain steps.
-        precision: of the convolutions of both networks in the distillation.
+        precision: of the convolutions of both networks in the distillation; the teacher's if not given.
 
     Returns:
         Student, report, source and the numbers the presets settled on.
@@ -153,7 +153,7 @@ def zsq(
         steps=steps, warmup=warmup, batch=batch, generators=generators, count=count, shown=shown, lead=lead,
         class_weight=class_weight, bn_weight=bn_weight, scale=scale, lr=lr, step_lr=step_lr, temperature=temperature,
         kl_reduction=kl_reduction, ranges=ranges, weight_ranges=weight_ranges, rounding=rounding, flip_rate=flip_rate,
-        precision=precision,
+        precision=precision or teacher.precision,
     )  # fmt: skip
     rules = choose("--weight-ranges", plan.weight_ranges, WEIGHTS), choose("--ranges", plan.ranges, ACTIVATIONS)
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=rules[0], act=rules[1]))
@@ -176,7 +176,7 @@ def zsq(
         flood = GradientInundation(sgd, quantized_weights(student), flip_rate=plan.flip_rate,
                                    milestones=milestones_at((0.25, 0.5, 0.75), plan.steps))  # fmt: skip
     fit(student, teacher, batches, student_loss, sgd, steps=plan.steps, run=run, schedulers=[decay], inundation=flood,
-        micro_batch=micro_batch, precision=precision, history_of=partial(codes_and_latents, student))  # fmt: skip
+        micro_batch=micro_batch, precision=plan.precision, history_of=partial(codes_and_latents, student))  # fmt: skip
     return Outcome(student, report, batches, vars(plan))
 
 

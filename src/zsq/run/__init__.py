@@ -46,7 +46,7 @@ class Run:
         progress: show progress on standard error.
 
     Attributes:
-        path, seed, device: as given.
+        path, seed, device, log_every: as given.
         fingerprint: SHA-256 of config, seed and device.
 
     Raises:
@@ -76,7 +76,7 @@ class Run:
             raise ValueError(f"expected intervals of at least one step, got {log_every} and {checkpoint_every}")
         self.path = None if path is None else Path(path)
         self.seed, self.device = seed, torch.device(device)
-        self._log_every, self._history = log_every, history
+        self.log_every, self._history = log_every, history
         self._checkpoint_every, self._checkpoint_seconds = checkpoint_every, checkpoint_seconds
         self._stage: Stage | None = None  # the one whose loop is running
         self._begun: list[Stage] = []
@@ -224,7 +224,7 @@ class Run:
     def _after(self, stage: Stage) -> None:
         """What follows the body of a step."""
         stop, last = self._signals.signum, stage.done == stage.total
-        logged = last or stage.done % self._log_every == 0
+        logged = last or stage.done % self.log_every == 0
         try:
             means = stage.meter.take() if logged else None
             if means is not None and self._directory is not None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zsq.adam import Adam
 from zsq.errors import BadInput
 from zsq.insert import activation_quantizers
 from zsq.insert.access import without_quantizers
 from zsq.sources.base import Batch
-from zsq.sources.generator import autocast, learning, load_optimizer
+from zsq.sources.generator import autocast, learning
 from zsq.sources.replay import Replay
 from zsq.view import View, frozen, look
 
@@ -57,7 +58,8 @@ class AdversarySource:
         replay: share of a batch that comes from earlier ones, in [0, 1).
         memory: number of batches that are remembered.
         watch: draws between two looks for a collapse; 0 for never.
-        precision: of everything that the generator's step and its images take: ``"bf16"`` or ``"float32"``.
+        precision: of everything that the generator's step and its images take: ``"bf16"`` or ``"float32"``; the
+            teacher's if not given.
         say: is told about a restart.
 
     Raises:
@@ -70,7 +72,7 @@ class AdversarySource:
         self, teacher: Teacher, student: nn.Module, build: Build, loss: AdversaryLoss, *, name: str, batch: int,
         stages: Sequence[Unit] = (), norms: bool = False, lr: float = 1e-3, betas: tuple[float, float] = (0.5, 0.999),
         milestones: Sequence[int] = (), turns: int = 5, early: bool = True, first: FirstLoss | None = None,
-        replay: float = 0.25, memory: int = 16, watch: int = 20, precision: Literal["bf16", "float32"] = "bf16",
+        replay: float = 0.25, memory: int = 16, watch: int = 20, precision: Literal["bf16", "float32"] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         if batch < 2:
@@ -82,6 +84,7 @@ class AdversarySource:
         self.name, self.batch = name, batch
         self.metrics: dict[str, Tensor] = {}
         self.device = next(teacher.net.parameters()).device
+        precision = precision or teacher.precision
         autocast(self.device, precision)
         self._teacher, self._student, self._loss, self._precision = teacher, student, loss, precision
         self._build, self._say, self._norms = build, say, norms
@@ -125,7 +128,7 @@ class AdversarySource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
-        load_optimizer(self._optimizer, state["optimizer"])
+        self._optimizer.load_state_dict(state["optimizer"])
         self._count = state["count"]
         self._replay.load_state_dict({k: self._here(v) for k, v in state["replay"].items()})
         self._spread, self._restarts = self._here(state["spread"]), self._here(state["restarts"])
@@ -133,9 +136,8 @@ class AdversarySource:
     def _here(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
 
-    def _adam(self) -> torch.optim.Optimizer:
-        fused = self.device.type in ("cpu", "cuda")
-        return torch.optim.Adam(self.generator.parameters(), self._lr, self._betas, fused=fused)
+    def _adam(self) -> Adam:
+        return Adam(self.generator.parameters(), self._lr, self._betas)
 
     def _images(self, count: int, rng: torch.Generator) -> Tensor:
         z = torch.randn(count, self.generator.latent, generator=rng)

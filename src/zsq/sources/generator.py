@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zsq.adam import Adam
 from zsq.errors import BadInput
 from zsq.sources.base import Batch
 from zsq.view import View, frozen, look
@@ -78,16 +79,6 @@ def learning() -> Iterator[None]:
         yield
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer its state from a file, which does not keep memory formats."""
-    optimizer.load_state_dict(state)
-    for parameter, slots in optimizer.state.items():
-        for name, value in slots.items():
-            # The fused kernel walks through memory without looking at strides: state has to lie like its parameter.
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
 class GeneratorSource:
     """Images from a generator trained to please the teacher.
 
@@ -106,7 +97,7 @@ class GeneratorSource:
         betas: of Adam.
         milestones: numbers of finished draws after which the learning rate is multiplied by `decay`.
         decay: factor at each milestone.
-        precision: ``"bf16"`` or ``"float32"``.
+        precision: ``"bf16"`` or ``"float32"``; the teacher's if not given.
         latents: draws what the generator is fed with; None for Gaussian z of length ``generator.latent`` (100 if it has
             none) and uniform labels.
         cost: of a step, if it is known; recipes show it before they start.
@@ -129,7 +120,7 @@ class GeneratorSource:
         betas: tuple[float, float] = (0.5, 0.999),
         milestones: Sequence[int] = (),
         decay: float = 0.1,
-        precision: Literal["bf16", "float32"] = "bf16",
+        precision: Literal["bf16", "float32"] | None = None,
         latents: LatentSampler | None = None,
         cost: StepCost | None = None,
     ) -> None:
@@ -138,6 +129,7 @@ class GeneratorSource:
         self.name, self.batch, self.cost = name, batch, cost
         self.metrics: dict[str, Tensor] = {}
         self.device = next(teacher.net.parameters()).device
+        precision = precision or teacher.precision
         autocast(self.device, precision)
         self._teacher, self._loss, self._precision = teacher, loss, precision
         self._latents = latents or gaussian_latents(getattr(generator, "latent", 100), teacher.classes)
@@ -146,9 +138,7 @@ class GeneratorSource:
         self.generator = generator.to(self.device).to(  # type: ignore[call-overload]  # torch's stub lacks it
             memory_format=torch.channels_last
         )
-        # One fused kernel; it also keeps the step count on the device, where the plain form would read it back.
-        fused = self.device.type in ("cpu", "cuda")
-        self._optimizer = torch.optim.Adam(generator.parameters(), lr, betas, fused=fused)
+        self._optimizer = Adam(generator.parameters(), lr, betas)
         self._count = 0
 
     def draw(self, rng: torch.Generator) -> Batch:
@@ -194,7 +184,7 @@ class GeneratorSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
-        load_optimizer(self._optimizer, state["optimizer"])
+        self._optimizer.load_state_dict(state["optimizer"])
         self._count = state["count"]
 
     def _make(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from zsq.adam import Adam
 from zsq.errors import BadInput
 from zsq.losses import bn_gap, cross_entropy
 from zsq.sources.base import Batch
@@ -106,7 +107,7 @@ def synthesise(
         for index, part in enumerate(parts):
             x = torch.randn(len(part), *teacher.image, generator=rng)
             x = x.to(device, memory_format=torch.channels_last).requires_grad_()
-            adam = torch.optim.Adam([x], lr, betas, fused=device.type in ("cpu", "cuda"))
+            adam = Adam([x], lr, betas)
             for step in range(steps):
                 if anneal:
                     adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
@@ -114,7 +115,7 @@ def synthesise(
                     view = look(teacher.net, x, norms=True)
                 view = view._replace(logits=view.logits.float())
                 total = torch.stack(list(loss(view, Batch(x, part)).values())).sum()
-                total.backward(inputs=[x])  # x only; lays the gradient out like x, as the fused kernel needs
+                total.backward(inputs=[x])  # x only
                 adam.step()
                 adam.zero_grad(set_to_none=True)
                 if progress is not None:

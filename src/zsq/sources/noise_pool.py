@@ -58,7 +58,7 @@ class Synthesis:
             `patience` steps without a new best loss.
         augment: changes the images in front of the teacher, e.g. random crops.
         features: modules whose outputs (``NAME:input``: inputs) the loss needs.
-        precision: of the teacher; images, statistics and losses are float32.
+        precision: of the teacher, its own if not given; images, statistics and losses are float32.
         start: standard deviation of the normal noise that every image starts as.
         patience: of the plateau.
     """
@@ -75,12 +75,13 @@ class Synthesis:
         schedule: Literal["cosine", "plateau"],
         augment: Augment | None = None,
         features: Sequence[str] = (),
-        precision: Literal["bf16", "float32"] = "bf16",
+        precision: Literal["bf16", "float32"] | None = None,
         start: float = 1.0,
         patience: int = 50,
     ) -> None:
         self._teacher, self._loss_of, self._features, self._augment = teacher, loss_of, tuple(features), augment
-        self._iterations, self._lr, self._schedule, self._precision = iterations, lr, schedule, precision
+        self._iterations, self._lr, self._schedule = iterations, lr, schedule
+        self._precision = precision or teacher.precision
         self._device = next(teacher.net.parameters()).device
         self._labels = list(labels.to(self._device).tensor_split(math.ceil(len(labels) / group)))
         self.total = len(self._labels) * iterations
@@ -198,7 +199,7 @@ class NoiseSource(MadePool):
         schedule: Literal["cosine", "plateau"],
         augment: Augment | None = None,
         features: Sequence[str] = (),
-        precision: Literal["bf16", "float32"] = "bf16",
+        precision: Literal["bf16", "float32"] | None = None,
         start: float = 1.0,
         patience: int = 50,
         labelled: bool = True,
@@ -210,7 +211,7 @@ class NoiseSource(MadePool):
         if schedule not in ("cosine", "plateau"):
             raise BadInput("--image-schedule", expected="cosine or plateau", got=repr(schedule), fix="Choose one.")
         facts = {"images": f"{count} and an eighth more, held out at the end", "iterations": iterations, "group": group,
-                 "lr": lr, "schedule": schedule, "precision": precision, "start": start}  # fmt: skip
+                 "lr": lr, "schedule": schedule, "precision": precision or teacher.precision, "start": start}  # fmt: skip
         super().__init__(teacher, name=name, batch=batch, facts=facts)
         self._count, self._labelled = count, labelled
         self._make: Callable[[Tensor], Synthesis] = lambda labels: Synthesis(

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
 FILE = "pool.safetensors"  # in the run directory; `--images` reads it
 HELD_OUT = 9  # one image in nine: an eighth more than asked for
+_PART = 64  # images looked at together
 
 
 class PoolSource:
     """Draws batches from a tensor of images; learns nothing.
+
+    The tensor may be larger than memory: one that `read_pool` gives lies in its file, of which a draw reads its rows.
 
     Args:
         images: shape [n, c, h, w], in the teacher's normalised space; kept as given, drawn in float32.
@@ -128,6 +131,9 @@ class MadePool:
                      "seed": run.seed, "pixels": "normalised as the teacher's input", **self.facts}  # fmt: skip
             tree = {"images": images.cpu()} | ({} if labels is None else {"labels": labels.cpu()})
             save_tree(run.path / FILE, tree, metadata={"provenance": json.dumps(facts)})
+        in_file = run.path is not None and images.device.type == "cpu" and images.dtype == torch.float32
+        if run.path is not None and in_file:  # the same pixels, but not in memory
+            images, _ = read_pool(run.path / FILE, image=self._teacher.image, classes=self._teacher.classes)
         held_out = max(1, len(images) // HELD_OUT)
         self._pool = PoolSource(images, labels, name=self.name, batch=self.batch, held_out=held_out)
 
@@ -146,7 +152,7 @@ def read_pool(path: Path, *, image: tuple[int, int, int], classes: int) -> tuple
         classes: number of its classes.
 
     Returns:
-        Images in float32 and labels or None, on the CPU.
+        Images in float32 and labels or None, on the CPU. Float32 images stay in the file, mapped into memory.
 
     Raises:
         BadInput: if the file is damaged, of another kind, or not made for this teacher.
@@ -162,7 +168,7 @@ def read_pool(path: Path, *, image: tuple[int, int, int], classes: int) -> tuple
     if images is None or not images.is_floating_point() or tuple(images.shape[1:]) != tuple(image):
         got = f"tensors {', '.join(sorted(tree))}" if images is None else f"{images.dtype} {list(images.shape)}"
         raise BadInput(f"--images {path}", expected=wanted, got=got, fix=fix)
-    if not bool(images.isfinite().all()):
+    if not all(bool(part.isfinite().all()) for part in images.split(_PART)):
         raise BadInput(f"--images {path}", expected="finite pixels", got="NaN or infinity", fix="Make the pool again.")
     if labels is not None:
         whole = labels.dtype == torch.int64 and labels.shape == images.shape[:1]

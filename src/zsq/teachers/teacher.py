@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Teacher:
         resize: shorter side that test images are resized to; None keeps their size.
         crop: side of the centre crop; None does not crop.
         fingerprint: SHA-256 over names, shapes and bytes of parameters and buffers.
+        precision: what training on it multiplies in. ``"bf16"``: generator and teacher in bfloat16, the student on its
+            integers where it can; ``"float32"``: everything in float32.
         outputs: what the raw output means: its parts, losses on it, how it is scored. Made from task and classes if not
             given, as far as these suffice.
     """
@@ -47,6 +49,7 @@ class Teacher:
     resize: int | None = None
     crop: int | None = None
     fingerprint: str = ""
+    precision: Literal["bf16", "float32"] = "bf16"
     outputs: Task = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:

@@ -1,0 +1,165 @@
+"""Convolutions on integers against the same ones in float: results, gradients, which layers qualify, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from zsq.errors import RunFailed
+from zsq.insert import QuantSpec, freeze_ranges, integers, quantize, without_quantizers
+from zsq.insert.integers import TOP, available, on_integers, plans, require_small
+from zsq.quantizer import LearnedStep, LiveMinMax, Percentile
+
+pytestmark = pytest.mark.skipif(not available(torch.device("cpu")), reason="this torch has no oneDNN integer kernels")
+
+
+class Net(nn.Module):
+    """Strides, groups, dilation, a bias, a padded and an unpadded convolution, a signed activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.strided = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.dilated = nn.Conv2d(12, 6, 3, dilation=2)
+        self.point = nn.Conv2d(6, 10, 1)
+        self.after_signed = nn.Conv2d(10, 4, 1)
+        self.output = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.strided(x))
+        x = torch.relu(self.depthwise(x))
+        x = torch.relu(self.dilated(x))
+        x = nn.functional.hardswish(self.point(x))
+        return self.output(self.after_signed(x).mean((2, 3)))
+
+
+def student(bits: int = 4, seed: int = 0, **spec: Any) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(seed)
+    made, _ = quantize(Net().eval(), QuantSpec(bits, bits, **{"weight": LiveMinMax, "act": Percentile, **spec}))
+    x = torch.randn(6, 3, 12, 12).to(memory_format=torch.channels_last)
+    made(x)
+    freeze_ranges(made)
+    return made, x
+
+
+def names(net: nn.Module) -> list[str]:
+    return [plan.name for plan in plans(net)]
+
+
+def test_which_layers_qualify() -> None:
+    # The first has float inputs, the last one signed ones; a linear layer has none of these kernels.
+    assert names(student()[0]) == ["strided", "depthwise", "dilated", "point"]
+    assert names(student(weight=LearnedStep)[0]) == []
+    assert names(student(act=LearnedStep)[0]) == []
+    assert names(student(8)[0]) == []  # 255 does not fit
+    assert names(student(placement="deploy")[0]) == []
+    observing, _ = quantize(Net().eval(), QuantSpec(4, 4, act=Percentile))
+    assert names(observing) == []
+    assert names(student()[0].double()) == []
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_the_forward_is_exact(bits: int) -> None:
+    """Sums of integers have no rounding: next to float64 they are as close as a float32 result can be."""
+    net, x = student(bits)
+    found: dict[str, Tensor] = {}
+    net.strided.register_forward_hook(lambda *a: found.update(x=a[1][0].detach(), y=a[2].detach()))
+    with on_integers(net) as chosen:
+        assert [plan.name for plan in chosen] == ["strided", "depthwise", "dilated", "point"]
+        on = net(x)
+    grid = net.strided.weight_path.quantizer.grid(net.strided.weight)
+    source = net.strided.weight_path.inputs[0].grid()
+    whole_x = (found["x"].double() * source.inv_step).round()
+    whole_w = net.strided.weight_path.quantizer.codes(net.strided.weight).double() + grid.zero
+    sums = nn.functional.conv2d(whole_x, whole_w, stride=2, padding=1)
+    exact = sums / (grid.inv_step.double().flatten() * source.inv_step.double())[:, None, None]
+    assert float((found["y"] - exact).abs().max()) <= 4e-7 * float(exact.abs().max())
+    torch.testing.assert_close(on, net(x), rtol=0, atol=2e-2)  # a sum on a rounding boundary may take another code
+    assert names(net), "and behind the block nothing is left on"
+    assert all(path.integers is None for path in (m.weight_path for m in net.modules() if hasattr(m, "weight_path")))
+
+
+def test_rounding_gives_the_quantizers_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integers, "_BLOCK", 5000)  # a few images at a time
+    net, _ = student()
+    (quantizer, *_) = net.strided.weight_path.inputs
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(9, 8, 12, 12).to(memory_format=layout).requires_grad_()
+        plain = quantizer(x)
+        with on_integers(net):
+            y = quantizer(x)
+            codes = quantizer.__dict__["forward"].codes(y)
+            again = quantizer.__dict__["forward"].codes(y * 1)  # no longer the same tensor
+        assert torch.equal(y, plain) and y.stride() == plain.stride()
+        assert torch.equal(codes, quantizer.codes(x) + 8) and torch.equal(again, codes)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(gradient, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("layer", ["strided", "depthwise", "dilated", "point"])
+def test_gradients_are_those_of_float_up_to_bfloat16(layer: str) -> None:
+    """One layer at a time on the same input and the same incoming gradient."""
+    net, x = student()
+    module = net.get_submodule(layer)
+    seen: list[Tensor] = []
+    module.register_forward_hook(lambda *a: seen.append(a[1][0].detach()))
+    net(x)
+    given = seen[0]
+    rng = torch.Generator().manual_seed(1)
+
+    def gradients() -> tuple[Tensor, ...]:
+        leaf = given.clone().requires_grad_()
+        y = module(leaf)
+        upstream = torch.randn(y.shape, generator=rng.manual_seed(1))
+        return torch.autograd.grad(y, [leaf, *module.parameters()], upstream)
+
+    plain = gradients()
+    with on_integers(net):
+        fast = gradients()
+    for index, (a, b) in enumerate(zip(fast, plain, strict=True)):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        assert float((a - b).norm()) <= 5e-3 * float(b.norm()), index
+    assert not torch.equal(fast[1], plain[1])  # it did take the other path
+
+
+def test_no_number_is_read_in_a_step() -> None:
+    net, x = student()
+    with on_integers(net), profile(activities=[ProfilerActivity.CPU]) as found:
+        net(x).square().sum().backward()
+    counts = {event.key: event.count for event in found.key_averages()}
+    assert "aten::_local_scalar_dense" not in counts
+    assert counts["onednn::qconv2d_pointwise"] == 4
+
+
+def test_comparisons_with_the_float_network_stay_float() -> None:
+    net, x = student()
+    with on_integers(net), without_quantizers(net):
+        inside = net(x)
+    with without_quantizers(net):
+        assert torch.equal(inside, net(x))
+    with on_integers(net), without_quantizers(net, weights=()):  # exact activations are not integers
+        inside = net(x)
+    with without_quantizers(net, weights=()):
+        assert torch.equal(inside, net(x))
+
+
+def test_weights_far_from_zero_are_computed_in_float_or_refused() -> None:
+    net, x = student()
+    with torch.no_grad():
+        net.strided.weight[0].mul_(0.01).add_(5)  # integers far beyond int8
+    assert "strided" not in names(net)
+    net, x = student()
+    with on_integers(net) as chosen:
+        net(x)
+        require_small(chosen)
+        with torch.no_grad():
+            net.strided.weight[0].mul_(0.01).add_(5)
+        net(x)
+        with pytest.raises(RunFailed, match=f"strided: expected weights whose integers stay within {TOP}.*float32"):
+            require_small(chosen)
