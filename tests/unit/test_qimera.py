@@ -117,7 +117,8 @@ def test_one_slot_is_a_batch_of_one_class() -> None:
 def test_everything_learns_from_superposed_batches(disentangle: bool) -> None:
     net = SuperposedGenerator(3, (1, 8, 8), 12, disentangle=disentangle, conditional=True)
     net(*mixture(8, 4, 3, 12)).pow(3).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+    inert = {net.conv1.bias, net.conv2.bias}  # a BatchNorm follows
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters() if p not in inert)
 
 
 # ---- mixing of class tables
