@@ -65,8 +65,8 @@ sys.exit(code or "torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("program", [IMPORT, HELP], ids=["import", "help"])
-def test_start_is_quick_and_without_torch(program: str) -> None:
+@pytest.mark.parametrize(("program", "times"), [(IMPORT, 4), (HELP, 27)], ids=["import", "help"])
+def test_start_is_quick_and_without_torch(program: str, times: int) -> None:
     # Processor time, best of five: what the start costs, not what else the machine does.
     seconds: dict[str, list[float]] = {program: [], "pass": []}
     for _ in range(5):
@@ -77,4 +77,5 @@ def test_start_is_quick_and_without_torch(program: str) -> None:
             assert done.returncode == 0, done.stderr or "torch was imported"
             taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(seconds[program]) < 0.3
-    assert min(seconds[program]) < 12 * min(seconds["pass"]) + 0.02  # that clock counts hundredths
+    # bench/startup.py: 2.2 and 18 times a bare interpreter; this clock counts hundredths of a second
+    assert min(seconds[program]) < times * (min(seconds["pass"]) + 0.005)
