@@ -22,7 +22,8 @@ def whole_number(kind: object, tokens: Sequence[Token]) -> int:
 
 Whole = Parameter(converter=whole_number)
 Several = Parameter(consume_multiple=True, negative=())
-COMMON = {"teacher", "run", "spec", "images", "base", "budget", "fidelity", "steps", "batch", "micro_batch", "precision"}
+COMMON = {"teacher", "run", "spec", "images", "base", "budget", "fidelity", "steps", "batch", "micro_batch",
+          "precision"}  # fmt: skip
 
 
 @Parameter(name="*")

@@ -211,7 +211,8 @@ class NoiseSource(MadePool):
         if schedule not in ("cosine", "plateau"):
             raise BadInput("--image-schedule", expected="cosine or plateau", got=repr(schedule), fix="Choose one.")
         facts = {"images": f"{count} and an eighth more, held out at the end", "iterations": iterations, "group": group,
-                 "lr": lr, "schedule": schedule, "precision": precision or teacher.precision, "start": start}  # fmt: skip
+                 "lr": lr, "schedule": schedule, "precision": precision or teacher.precision,
+                 "start": start}  # fmt: skip
         super().__init__(teacher, name=name, batch=batch, facts=facts)
         self._count, self._labelled = count, labelled
         self._make: Callable[[Tensor], Synthesis] = lambda labels: Synthesis(
