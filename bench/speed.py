@@ -215,8 +215,9 @@ def run(teacher: Teacher, recipe: str, *, batch: int, bits: int, cycles: int, ag
     """Run a recipe for 3 + 3 * cycles student steps."""
     function = recipes.load(recipe)
     torch.manual_seed(0)
-    given = {"steps": 3 + len(ARMS) * cycles, "warmup": 2, "batch": batch, **POOL}
-    known = {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
+    has = inspect.signature(function).parameters
+    given = {"steps": 3 + len(ARMS) * cycles, "warmup": 2, "batch": batch, **({} if "base" in has else POOL)}
+    known = {name: value for name, value in given.items() if name in has}
     reference = make_reference(teacher, batch=batch, bits=bits, lr=1e-3) if against else None
     with Measured(teacher, reference) as measured:
         function(teacher, measured, spec=QuantSpec(bits, bits), **known)
