@@ -35,11 +35,11 @@ from zsq.view import View
 PAPER = "ours, 2026; from arXiv 2003.03603 (generator) and 2203.17008 (KL alone)"
 PARTS = "images recorded from generators | live min/max weights, least-error activations | KL on crops"
 WEIGHTS: dict[str, Callable[..., Any]] = {"live": LiveMinMax, "mse": MseRange, "learned": LearnedStep}
-LR_PER_CLASS = 3e-4  # the mean over classes divides the gradient by their number; so does a high temperature
 ACTIVATIONS: dict[str, Callable[..., Any]] = RANGES | {"learned": LearnedStep}
 
 FIDELITY: dict[str, dict[str, Any]] = {
-    "best": {"ranges": "mse", "weight_ranges": "live", "step_lr": 1e-4, "class_weight": 0.1, "bn_weight": 1.0}
+    # lr of ten classes: the mean over classes divides the gradient by their number
+    "best": {"lr": 3e-3, "step_lr": 1e-4, "ranges": "mse", "weight_ranges": "live", "class_weight": 0.1, "bn_weight": 1.0}
 }
 SMALL: dict[str, dict[str, Any]] = {  # images up to 64 pixels
     "quick": {"generators": 1, "count": 8192, "shown": 64, "lead": 25, "warmup": 10, "steps": 400, "batch": 64},
@@ -147,9 +147,9 @@ def zsq(
     | learned steps (LSQ+), reconstruction (BRECQ) | each a method of its own | the same | options, off | no gain seen: docs/findings.md | tests/unit/test_zsq_recipe.py |
     """  # fmt: skip
     small = max(teacher.image[1:]) <= 64
+    row = choose("--fidelity", fidelity, FIDELITY)
     plan = settle(
-        choose("--budget", budget, SMALL if small else LARGE), choose("--fidelity", fidelity, FIDELITY),
-        {"lr": LR_PER_CLASS * teacher.classes},
+        choose("--budget", budget, SMALL if small else LARGE), row, {"lr": row["lr"] * (teacher.classes / 10)},
         steps=steps, warmup=warmup, batch=batch, generators=generators, count=count, shown=shown, lead=lead,
         class_weight=class_weight, bn_weight=bn_weight, scale=scale, lr=lr, step_lr=step_lr, temperature=temperature,
         kl_reduction=kl_reduction, ranges=ranges, weight_ranges=weight_ranges, rounding=rounding, flip_rate=flip_rate,
