@@ -77,7 +77,9 @@ class PoolSource:
 
     def _pick(self, index: Tensor) -> Batch:
         index = index.to(self._images.device)
-        return Batch(self._images[index].float(), None if self._labels is None else self._labels[index])
+        images = self._images[index]
+        images = images if images.dtype == torch.float64 else images.float()
+        return Batch(images, None if self._labels is None else self._labels[index])
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to save: the pool is the user's file."""
