@@ -4,9 +4,9 @@
     python scripts/render_results.py --check    # only say whether they are up to date
 
 A table stands between ``<!-- results: NAME LAYOUT -->`` and ``<!-- end -->``: NAME.json, and LAYOUT `wide` (a row per
-method, a column per bit width), `long` (a row per method and bit width, with agreements and minutes), `instruments` (a
-column per analysed cell), `times` (bench/analysis_time.py), `memory` (bench/generator_memory.py), `speed`, `scaling`
-and `recipes` (bench/speed.py), `parts` (bench/memory.py), `starts` (bench/startup.py), `compiled`
+method, a column per teacher and bit width), `long` (a row per method and bit width, with agreements and minutes),
+`instruments` (a column per analysed cell), `times` (bench/analysis_time.py), `memory` (bench/generator_memory.py),
+`speed`, `scaling` and `recipes` (bench/speed.py), `parts` (bench/memory.py), `starts` (bench/startup.py), `compiled`
 (bench/compile_trial.py), or `exported`, `files`, `latency` and `kernels` (bench/export.py).
 """
 
@@ -39,13 +39,17 @@ def score(row: dict[str, Any]) -> str:
 
 
 def wide(rows: list[dict[str, Any]]) -> list[str]:
-    """A row per method, a column per bit width."""
-    bits = sorted({row["bits"] for row in rows}, reverse=True)
-    found = {(row["method"], row["bits"]): row for row in rows}
-    lines = ["| method | seeds | " + " | ".join(bits) + " |", "|---|---|" + "---|" * len(bits)]
-    lines.append("| float | | " + " | ".join([f"{100 * rows[0]['teacher_score']:.2f}"] * len(bits)) + " |")
+    """A row per method, a column per bit width; of several teachers a group of columns each."""
+    teachers = list(dict.fromkeys(row["teacher"] for row in rows))
+    widths = sorted({row["bits"] for row in rows}, reverse=True)
+    columns = [(teacher, bits) for teacher in teachers for bits in widths]
+    found = {(row["method"], row["teacher"], row["bits"]): row for row in rows}
+    floats = {row["teacher"]: f"{100 * row['teacher_score']:.2f}" for row in rows}
+    heads = [bits if len(teachers) == 1 else f"{teacher} {bits}" for teacher, bits in columns]
+    lines = ["| method | seeds | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(columns)]
+    lines.append("| float | | " + " | ".join(floats[teacher] for teacher, _ in columns) + " |")
     for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [found.get((method, width)) for width in bits]
+        mine = [found.get((method, *column)) for column in columns]
         seeds = "/".join(dict.fromkeys(str(row["seeds"]) for row in mine if row))
         lines.append(f"| {method} | {seeds} | " + " | ".join("" if row is None else score(row) for row in mine) + " |")
     return lines
