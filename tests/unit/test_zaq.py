@@ -142,7 +142,7 @@ def test_stage_weights_matter_where_there_are_stages() -> None:
 @pytest.mark.parametrize("option", [
     {"features": "off"}, {"features": "feature_l1"}, {"damping": "off"}, {"replay": 0.0},
     {"restart": "off"}, {"frozen": "off"}, {"early": "gap"}, {"symmetric": "on"}, {"decay": "steps"}, {"clip": 0.0},
-    {"loss": "l1"}, {"bns_weight": 0.1}, {"turns": 1}, {"beta": 0.0}, {"ranges": "ema"},
+    {"loss": "kl"}, {"bns_weight": 0.1}, {"turns": 1}, {"beta": 0.0}, {"ranges": "ema"},
 ])  # fmt: skip
 def test_every_switch_changes_the_student(option: dict[str, Any]) -> None:
     long = {"steps": 21, "lr": 0.05, "turns": 2}  # ten turns and a look for a collapse
