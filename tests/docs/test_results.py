@@ -12,7 +12,8 @@ import pytest
 import render_results
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ROW = {"method": "m", "bits": "W4A4", "seeds": 1, "deviation": None, "student_score": 0.9, "teacher_score": 0.95}
+ROW = {"teacher": "t", "method": "m", "bits": "W4A4", "seeds": 1, "deviation": None, "student_score": 0.9,
+       "teacher_score": 0.95}  # fmt: skip
 BLOCK = "<!-- results: one wide -->\n{}<!-- end -->\n"
 
 
@@ -45,6 +46,14 @@ def test_a_block_without_its_end_is_refused(results: Path) -> None:
         render_results.rendered(page, results)
     with pytest.raises(ValueError, match="expected one of wide, .* got 'tall'"):
         render_results.rendered("<!-- results: one tall -->\n<!-- end -->\n", results)
+
+
+def test_several_teachers_stand_side_by_side() -> None:
+    rows = [ROW, ROW | {"teacher": "other", "teacher_score": 0.5, "student_score": 0.4}]
+    lines = render_results.wide(rows)
+    bits = ROW["bits"]
+    assert lines[0] == f"| method | seeds | t {bits} | other {bits} |" and lines[2].endswith("| 50.00 |")
+    assert lines[3] == "| m | 1 | 90.00 | 40.00 |"
 
 
 def test_both_runtimes_share_a_cell_where_they_agree(results: Path) -> None:
