@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import resource
 import subprocess
 import sys
 import tomllib
@@ -65,17 +65,16 @@ sys.exit(code or "torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize(("program", "times"), [(IMPORT, 4), (HELP, 27)], ids=["import", "help"])
+@pytest.mark.parametrize(("program", "times"), [(IMPORT, 4), (HELP, 30)], ids=["import", "help"])
 def test_start_is_quick_and_without_torch(program: str, times: int) -> None:
     # Processor time, best of five: what the start costs, not what else the machine does.
     seconds: dict[str, list[float]] = {program: [], "pass": []}
     for _ in range(5):
         for code, taken in seconds.items():
-            before = os.times()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-            after = os.times()
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
             assert done.returncode == 0, done.stderr or "torch was imported"
-            taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
+            taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds[program]) < 0.3
-    # bench/startup.py: 2.2 and 18 times a bare interpreter; this clock counts hundredths of a second
-    assert min(seconds[program]) < times * (min(seconds["pass"]) + 0.005)
+    assert min(seconds[program]) < times * min(seconds["pass"])  # bench/startup.py: 2.2 and 18 times
