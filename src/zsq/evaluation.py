@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zsq.checkpoint import save_tree
 from zsq.errors import RunFailed
+from zsq.probe import probe_pool
+from zsq.sources.crops import crop, crop_boxes
 from zsq.tasks.base import Score, table
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = 8  # labelled images kept for the report
 KL_CHUNK = 1 << 24  # numbers that are compared in float64 at a time
+CROPS = (0.5, 1.0)  # smallest and largest share of an image in a random crop
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,31 @@ def agreement(student: nn.Module, teacher: Teacher, images: Tensor, *, batch: in
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
     found, count = meter.result(), len(images)
     return Agreement(found.value, found.interval, max(kl / count, 0.0), sqnr, count, found.extra)
+
+
+def label_free(student: nn.Module, teacher: Teacher, images: Tensor, inputs: str) -> dict[str, Any]:
+    """What a summary says of a student without labels: agreement on three sets of images.
+
+    A source's own images are the ones its teacher is surest of: a student that errs on every tenth real image can agree
+    on all of them. Random crops of the same images (half to all of the area, flips; always the same ones) are less
+    typical, for teacher and student alike.
+
+    Args:
+        student: the quantized network.
+        teacher: the float network.
+        images: held-out images of the run's source, shape [n, c, h, w], normalised.
+        inputs: what they are, in words.
+
+    Returns:
+        ``agreement`` and ``agreement_inputs``; ``crop_agreement`` on crops; ``probe_agreement`` on the probe pool.
+    """
+    cropped = crop(images, crop_boxes(len(images), torch.Generator().manual_seed(0), scale=CROPS))
+    return {
+        "agreement": agreement(student, teacher, images).share,
+        "agreement_inputs": inputs,
+        "crop_agreement": agreement(student, teacher, cropped).share,
+        "probe_agreement": agreement(student, teacher, probe_pool(teacher)).share,
+    }
 
 
 def _chunks(raw: Tensor) -> tuple[Tensor, ...]:

@@ -12,10 +12,9 @@ from zsq import pipeline
 from zsq.checkpoint import load_tree, read_json, write_json_atomic
 from zsq.data import check_disjoint, load_data
 from zsq.errors import BadInput
-from zsq.evaluation import agreement, keep_examples, score
+from zsq.evaluation import keep_examples, label_free, score
 from zsq.onnx_model import load_onnx
 from zsq.onnx_session import runtime_version
-from zsq.probe import probe_pool
 from zsq.teachers import Teacher, load_teacher
 
 
@@ -79,9 +78,7 @@ def evaluate(path: Path | str, *, data: str | None = None, device: torch.device 
     teacher, student, summary = open_run(path, device)
     if data is None:
         images = load_tree(path / "images.safetensors")["images"].to(device)
-        agreed = agreement(student, teacher, images)
-        probed = agreement(student, teacher, probe_pool(teacher))
-        result = pipeline.agreement_facts(agreed, probed, summary["agreement_inputs"])
+        result = label_free(student, teacher, images, summary["agreement_inputs"])
     else:
         labelled = load_data(data, teacher)
         result = pipeline.scores(teacher, student, labelled)

@@ -15,11 +15,10 @@ from zsq import recipes
 from zsq.checkpoint import load_tree, read_json, save_tree, write_json_atomic
 from zsq.data import check_disjoint, load_data, load_images
 from zsq.errors import BadInput
-from zsq.evaluation import Agreement, agreement, keep_examples, score
+from zsq.evaluation import keep_examples, label_free, score
 from zsq.insert import QuantSpec, quantize
 from zsq.machine import describe_device
 from zsq.presets import Outcome
-from zsq.probe import probe_pool
 from zsq.run import Run
 from zsq.sources.pool import PoolSource, read_pool
 from zsq.tasks.base import Score
@@ -76,8 +75,7 @@ def produce(
     outcome = run_recipe(teacher.sized(synthetic), run, recipe=recipe, spec=spec, images=images, options=options)
     sample = outcome.source.sample(teacher.outputs.held_out, run.rng("held-out", 0))
     held_out = sample.images
-    agreed = agreement(outcome.student, teacher, held_out)
-    probed = agreement(outcome.student, teacher, probe_pool(teacher))
+    inputs = f"{len(held_out)} held-out images of source {outcome.source.name}"
     summary = {
         "teacher": teacher.name,
         "recipe": recipe,
@@ -91,7 +89,7 @@ def produce(
         **({} if synthetic is None else {"synthetic": list(synthetic)}),
         "seconds": round(run.seconds + time.monotonic() - started - run.session_seconds, 1),
         "device": describe_device(run.device),
-        **agreement_facts(agreed, probed, f"{len(held_out)} held-out images of source {outcome.source.name}"),
+        **label_free(outcome.student, teacher, held_out, inputs),
         "float_sites": len(outcome.report.floats),
         "quantized_weights": len(outcome.report.weights),
         "activation_sites": len(outcome.report.sites),
@@ -189,11 +187,6 @@ def saved_images(sample: Batch) -> dict[str, Tensor]:
     if sample.labels is None:
         return {"images": sample.images}
     return {"images": sample.images, "labels" if sample.labels.dtype == torch.int64 else "soft_labels": sample.labels}
-
-
-def agreement_facts(agreed: Agreement, probed: Agreement, inputs: str) -> dict[str, Any]:
-    """The label-free part of a summary."""
-    return {"agreement": agreed.share, "agreement_inputs": inputs, "probe_agreement": probed.share}
 
 
 def scores(teacher: Teacher, student: nn.Module, data: LabelledData) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def test_evaluate_a_run(zsq: Command, run_copy: Path) -> None:
     said = zsq("evaluate", run_copy, "--json")
     assert said.code == 0, said.err
     agreed = json.loads(said.out)
-    assert agreed.keys() == {"agreement", "agreement_inputs", "probe_agreement"}
+    assert agreed.keys() == {"agreement", "agreement_inputs", "crop_agreement", "probe_agreement"}
     assert {key: before[key] for key in agreed} == agreed  # the saved student is the one that was measured
     said = zsq("evaluate", run_copy, "--data", "digits", "--json")
     assert json.loads(said.out).keys() >= SCORES

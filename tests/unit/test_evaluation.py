@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conftest import Shared
 from zsq.data import LabelledData, load_data
 from zsq.errors import RunFailed
-from zsq.evaluation import Agreement, agreement, score
+from zsq.evaluation import Agreement, agreement, label_free, score
 from zsq.tasks.base import Score, wilson_interval
 from zsq.tasks.classify import label_rank
 from zsq.teachers import EMBEDDED, Teacher, load_teacher
@@ -122,6 +122,26 @@ def test_batches_do_not_change_the_result() -> None:
     a, b = ([r.share, r.kl, r.sqnr, r.count] for r in (whole, parts))
     assert a == pytest.approx(b, rel=1e-12)
     assert whole.interval == parts.interval
+
+
+def test_crops_show_what_typical_images_hide() -> None:
+    """A student that looks at the middle of an image only, which is all there is in the whole images here."""
+    teacher = load_teacher("digits")
+
+    class Middle(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen = torch.zeros_like(images)
+            seen[:, :, 2:6, 2:6] = images[:, :, 2:6, 2:6]
+            return teacher.net(seen)  # type: ignore[no-any-return]
+
+    images = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    typical = torch.zeros_like(images)
+    typical[:, :, 2:6, 2:6] = images[:, :, 2:6, 2:6]
+    facts = label_free(Middle(), teacher, typical, "typical images")
+    assert facts["agreement"] == 1.0 and facts["agreement_inputs"] == "typical images"
+    assert facts["crop_agreement"] < 0.95
+    assert facts == label_free(Middle(), teacher, typical, "typical images")
+    assert label_free(teacher.net, teacher, images, "")["crop_agreement"] == 1.0
 
 
 def test_kl_is_at_temperature_one_and_survives_large_logits() -> None:

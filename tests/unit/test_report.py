@@ -112,7 +112,7 @@ def test_after_evaluation_analysis_and_export(zsq: Command, run_copy: Path) -> N
     assert facts["analysis"] == {"flips": "analysis/flips.png"} and "Figure of zsq analyse, flips" in page
     assert "1,198 labelled images" in facts["verdict"] and "digits:train" in page
     for text in ("&lt;i&gt;.onnx", "1.25", "3.5", "97.00", "1 of 2 convolutions of the ort file run in float",
-                 "one in float", "0.531 ms, in float 0.664 ms", "27 %", "1.75 × faster"):  # fmt: skip
+                 "one in float", "0.531 ms, in float 0.664 ms", "27\u00a0%", "1.75 × faster"):  # fmt: skip
         assert text in page
     assert "Not exported" not in page and "Not analysed" not in page
     assert facts["labelled"]["name"] == "digits:train" and len(facts["labelled"]["sample"]) == 8

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from zsq.reporting.facts import Facts
 
@@ -72,7 +74,7 @@ def verdict(facts: Facts) -> str:
     bits = f"{s['weight_bits']}-bit weights and {s['act_bits']}-bit activations"
     text = [
         f"Quantized {made} to {bits}, {s['teacher']} {SAME[facts.task]} {percent(s['agreement'])} of "
-        f"{_inputs(s['agreement_inputs'])}"
+        f"{_inputs(s['agreement_inputs'])}{_crops(s)}"
     ]
     if "student_score" in s:
         drop = 100 * (s["teacher_score"] - s["student_score"])
@@ -86,6 +88,12 @@ def verdict(facts: Facts) -> str:
     text.append(f"Packed, it takes {amount(size.packed)} instead of {amount(size.whole)}, {size.ratio:.1f} times less.")
     text.append(stays_float(facts))
     return " ".join(text)
+
+
+def _crops(summary: Mapping[str, Any]) -> str:
+    """Agreement on crops, which is the harder test; runs of earlier versions do not have it."""
+    share = summary.get("crop_agreement")
+    return "" if share is None else f", and on {percent(share)} of random crops of them"
 
 
 def stays_float(facts: Facts) -> str:
