@@ -333,7 +333,7 @@ def command(folder: Folder) -> list[str]:
 def interrupt(zsq: Command, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave `run` unfinished, with checkpoints."""
     with monkeypatch.context() as patch:
-        patch.setattr("zsq.pipeline.agreement", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("zsq.pipeline.label_free", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert zsq(*command).code == 130
     assert len(list(Path("run/checkpoint").iterdir())) == 2
 

@@ -53,6 +53,7 @@ class StoredWeight(nn.Module):
     scales: Tensor
     zero_points: Tensor
     norm = None  # already folded; linear layers look
+    integers = None  # a program multiplies as its runtime does
 
     def __init__(self, weight: Tensor, grid: Grid, axis: int | None, biases: dict[int, Tensor | None]) -> None:
         super().__init__()

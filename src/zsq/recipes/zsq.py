@@ -1,4 +1,4 @@
-"""Ours: images recorded while a generator learns, ranges of least error, distillation alone on crops of them.
+"""Ours: images recorded while a generator learns, ranges of least error, distillation on crops of them.
 
 A generator never sees the student, so its images are made once and drawn many times; its labels are added to the latent.
 The student learns from the teacher's logits in bfloat16. What did not help is an option: inundation, learned steps,
