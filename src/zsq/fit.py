@@ -109,9 +109,9 @@ def fit(
         micro_batch: pass at most this many images at a time through the student; the gradient is the same.
         history_of: gives the tensors of one history snapshot.
         precision: of the student's products; quantizers and losses stay float32. integers: of codes where both factors
-            are on a grid (`zsq.insert.integers`), exact forwards, gradients rounded to bfloat16; the others in float32.
-            bf16: convolutions and linear layers of both networks
-            in bfloat16. None: integers if the teacher's precision is bf16, else float32.
+            are on a grid (`zsq.insert.integers`), exact forwards, gradients rounded to bfloat16; the others in
+            float32. bf16: convolutions and linear layers of both networks in bfloat16. None: integers if the
+            teacher's precision is bf16, else float32.
         gradient: takes the place of forward, loss and backward: given a part of a batch and its share, adds the share's
             gradient to the student's parameters and returns the part's terms.
 
