@@ -27,7 +27,7 @@ from zsq.sources.noise import probe_images  # noqa: E402
 from zsq.sources.pool import PoolSource  # noqa: E402
 from zsq.teachers import Teacher, load_teacher  # noqa: E402
 
-MATRIX = ROOT / "bench" / "export_runs.toml"
+MATRICES = [ROOT / "bench" / f"export_runs{name}.toml" for name in ("", "_segment")]
 SHARED = Path(os.environ.get("ZSQ_SHARED") or ROOT.parent / "shared")
 BITS = ((8, 8), (4, 8), (4, 4), (3, 3))
 
@@ -75,17 +75,20 @@ def subjects(runs: Path) -> Iterator[Subject]:
     Args:
         runs: where the trained runs are, or will be made.
     """
-    cells, shared = read_matrix(MATRIX)
-    for cell in sorted(cells, key=lambda c: (-c.weight_bits, -c.act_bits)):
+    for cell, shared in ((cell, shared) for cells, shared in map(read_matrix, MATRICES) for cell in cells):
+        if "../shared/" in cell.options["eval"] and not SHARED.exists():
+            print(f"{cell.teacher}: left out, its files are not in the folder of shared data", file=sys.stderr)
+            continue
 
-        def trained(cell: Any = cell) -> Made:
+        def trained(cell: Any = cell, shared: dict[str, Any] = shared) -> Made:
             folder = runs / cell.name
             run_cell(cell, folder, shared, 1)
             teacher, student, _ = open_run(folder)
             images = load_tree(folder / "images.safetensors")["images"]
             return Made(student, teacher, images, load_data(cell.options["eval"], teacher))
 
-        yield Subject(cell.teacher, "trained", (cell.weight_bits, cell.act_bits), trained)
+        kind = "calibrated" if cell.options.get("steps") == 0 else "trained"
+        yield Subject(cell.teacher, kind, (cell.weight_bits, cell.act_bits), trained)
     for name, real in REAL.items():
         if str(SHARED) in real.data and not SHARED.exists():
             print(f"{name}: left out, its files are not in the folder of shared data", file=sys.stderr)
@@ -133,22 +136,10 @@ class Real(NamedTuple):
 
 _DATA = SHARED / "data"
 REAL = {
-    "digits": Real(256, 40, {}, "digits", BITS[:2]),
-    "resnet20-cifar10": Real(256, 40, {}, f"npz:{_DATA / 'cifar10_test.npz'}[2000:]", BITS[:2]),
-    "resnet20-cifar100": Real(256, 40, {}, f"npz:{_DATA / 'cifar100_test.npz'}[2000:]"),
-    "shapes-segment": Real(64, 40, {}, "shapes-segment"),
     "shapes-detect": Real(64, 40, {}, "shapes-detect"),
     "imagenet_mobilenetv1_x025": Real(
         64, 40, {"classes": 1000, "image": (3, 224, 224), "mean": _MEAN, "std": _STD, "resize": 256, "crop": 224},
         f"imagefolder:{_DATA / 'imagenet_ccby'}",
-    ),
-    "camvid_cgnet": Real(
-        4, 20,
-        {
-            "task": "segment", "classes": 11, "image": (3, 360, 480), "std": (1 / 255,) * 3,
-            "mean": tuple(v / 255 for v in (105.65775, 103.329834, 99.625404)),
-        },
-        f"camvid:{_DATA / 'camvid'}[:40]",
     ),
 }  # fmt: skip
 

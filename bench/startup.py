@@ -3,8 +3,8 @@
     python bench/startup.py --json bench/results/startup.json          # --demo for the demo too, about a minute
 
 `import zsq` and `zsq --help` import no torch. Times are the minima over the turns, in CPU seconds of the child process
-(user and system), the bare interpreter in turns with the others. The demo is what `make demo` runs after its setup, in
-wall-clock seconds on one thread, with its scores.
+(user and system), the bare interpreter in turns with the others. The demo is what `make demo` runs after its setup,
+once, on one thread: seconds by the clock and of the processor, with its scores.
 """
 
 from __future__ import annotations
@@ -30,12 +30,17 @@ COMMANDS = {
 }  # fmt: skip
 
 
+def spent() -> float:
+    """CPU seconds of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def child_seconds(arguments: list[str]) -> float:
     """CPU seconds of one interpreter, its start included."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = spent()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return spent() - before
 
 
 def starts(turns: int) -> dict[str, dict[str, float]]:
@@ -51,14 +56,14 @@ def starts(turns: int) -> dict[str, dict[str, float]]:
 def demo() -> dict[str, Any]:
     """The command of `make demo`."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["-m", "zsq", "quantize", "digits", "--recipe", "ait", "--bits", "4", "--budget", "quick", "--eval",
+        command = ["-m", "zsq", "quantize", "digits", "--bits", "4", "--budget", "quick", "--eval",
                    "digits", "--run", str(Path(folder) / "demo"), "--json"]  # fmt: skip
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), spent()
         done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        seconds = time.perf_counter() - begun
+        used = {"seconds": time.perf_counter() - begun, "cpu_seconds": spent() - before}
     found = json.loads(done.stdout)
-    return {"seconds": seconds, **{key: found[key] for key in ("teacher_score", "student_score", "eval_count")}}
+    return {**used, **{key: found[key] for key in ("teacher_score", "student_score", "eval_count")}}
 
 
 def main() -> None:

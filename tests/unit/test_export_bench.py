@@ -56,3 +56,12 @@ def test_scores_are_those_of_the_file(tmp_path: Path) -> None:
         again = evaluate_onnx(path, {}, data="digits", runtime=found["target"])
         assert found["file_score"] == again["student_score"] and found["count"] == again["eval_count"] == 599
         assert abs(found["student_score"] - found["file_score"]) < 0.01 and found["labelled_agreement"] > 0.98
+
+
+def test_students_whose_weights_were_not_trained_are_called_calibrated(tmp_path: Path) -> None:
+    if not export_subjects.SHARED.exists():
+        pytest.skip("no shared data")
+    kinds = {(s.network, s.width): s.students for s in export_subjects.subjects(tmp_path)}
+    assert kinds["shapes-segment", "W4A4"] == kinds["resnet20-cifar10", "W3A3"] == "trained"
+    assert kinds["camvid_cgnet", "W8A8"] == kinds["shapes-detect", "W8A8"] == "calibrated"
+    assert not any(tmp_path.iterdir())  # nothing is made before it is asked for
