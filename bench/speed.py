@@ -8,7 +8,8 @@ The recipe runs as it is, for a few steps, at the published batch of 200. In tur
 gradient inundation (Q), with quantizers only (P) and with neither (F, a plain float distillation step with the same
 source, teacher and optimizer); `ait` and `gdfq` also alternate with `bench/reference_gdfq_ait.py`. Times are the minima
 over all turns, in CPU seconds of one thread (wall clock on a GPU, or with `--threads`): the machine may be busy.
-`--all` measures every recipe, each in a process of its own.
+`--all` measures every recipe, each in a process of its own, and writes the file after each; a recipe that does not
+finish within `--limit` is a row that says so.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -61,13 +62,18 @@ class Clock:
         return time.process_time() if self.alone and not self.cuda else time.perf_counter()
 
 
-class Measured(Run):
-    """A run whose student steps are timed in turns."""
+class Enough(Exception):
+    """Ends a recipe whose turns have taken long enough."""
 
-    def __init__(self, teacher: Teacher, reference: Callable[[], Any] | None) -> None:
+
+class Measured(Run):
+    """A run whose student steps are timed in turns: one cycle of them whatever it takes, others within `seconds`."""
+
+    def __init__(self, teacher: Teacher, reference: Callable[[], Any] | None, seconds: float) -> None:
         super().__init__(None, device=teacher.device, progress=False, log_every=10**9)
         self.teacher, self.reference = teacher, reference
         self.clock = Clock(teacher.device)
+        self.allowed, self.until = seconds, float("inf")
         self.times: dict[str, list[float]] = defaultdict(list)
         self.inside: dict[str, float] = defaultdict(float)  # of the step that is running
         self.facts: dict[str, Any] = {}
@@ -93,6 +99,10 @@ class Measured(Run):
     def _timed(self, number: int, named: dict[str, Any]) -> Iterator[int]:
         turn = (number - 3) % len(ARMS)
         arm = ARMS[turn]
+        if number == 3:
+            self.until = time.perf_counter() + self.allowed
+        elif turn == 0 and time.perf_counter() > self.until:
+            raise Enough
         self.inside.clear()
         with arrangement(named["student"], named["optimizer"], arm):
             begun = self.clock()
@@ -211,15 +221,17 @@ def make_reference(teacher: Teacher, *, batch: int, bits: int, lr: float) -> Cal
     return step
 
 
-def run(teacher: Teacher, recipe: str, *, batch: int, bits: int, cycles: int, against: bool) -> Measured:
-    """Run a recipe for 3 + 3 * cycles student steps."""
+def run(
+    teacher: Teacher, recipe: str, *, batch: int, bits: int, cycles: int, against: bool, seconds: float = float("inf")
+) -> Measured:
+    """Run a recipe for 3 + 3 * cycles student steps, or fewer if they take longer than some seconds by the clock."""
     function = recipes.load(recipe)
     torch.manual_seed(0)
     has = inspect.signature(function).parameters
     given = {"steps": 3 + len(ARMS) * cycles, "warmup": 2, "batch": batch, **({} if "base" in has else POOL)}
     known = {name: value for name, value in given.items() if name in has}
     reference = make_reference(teacher, batch=batch, bits=bits, lr=1e-3) if against else None
-    with Measured(teacher, reference) as measured:
+    with Measured(teacher, reference, seconds) as measured, suppress(Enough):
         function(teacher, measured, spec=QuantSpec(bits, bits), **known)
     return measured
 
@@ -263,18 +275,24 @@ def every_recipe(given: argparse.Namespace) -> dict[str, Any]:
     Args:
         given: the command line.
     """
-    rows = []
+    found: dict[str, Any] = {"recipes": []}
     with TemporaryDirectory() as folder:
         for recipe in recipes.names():
             file = Path(folder) / f"{recipe}.json"
             command = [sys.executable, __file__, "--recipe", recipe, "--json", str(file)]
-            for name in ("teacher", "batch", "bits", "cycles", "threads", "device", "precision"):
+            for name in ("teacher", "batch", "bits", "cycles", "seconds", "threads", "device", "precision"):
                 command += [f"--{name}", str(getattr(given, name))]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            rows.append(json.loads(file.read_text(encoding="utf-8")))
-            print(recipe, rows[-1].get("steps_per_second"), file=sys.stderr, flush=True)
-    shared = {key: rows[0][key] for key in ("device", "versions", "commit")}
-    return {"recipes": [{k: v for k, v in row.items() if k not in shared} for row in rows], **shared}
+            try:
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=given.limit)
+                row = json.loads(file.read_text(encoding="utf-8"))
+            except subprocess.TimeoutExpired:
+                row = {"recipe": recipe, "failed": f"not finished in {given.limit:.0f} s"}
+            found |= {key: row.pop(key) for key in ("device", "versions", "commit") if key in row}
+            found["recipes"].append(row)
+            print(recipe, row.get("failed") or row.get("steps_per_second"), file=sys.stderr, flush=True)
+            if given.json is not None:
+                write_json_atomic(given.json, found)
+    return found
 
 
 def main() -> None:
@@ -285,6 +303,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=200)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--cycles", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=120, help="for the turns; one cycle of them is always taken")
+    parser.add_argument("--limit", type=float, default=600, help="seconds of the clock per recipe, with --all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto")
@@ -302,7 +322,8 @@ def main() -> None:
         teacher = replace(teacher, precision=choose_precision(given.precision, teacher.device))
         about = {"recipe": given.recipe, "batch": given.batch, "bits": given.bits}
         against = given.recipe in WITH_REFERENCE and teacher.device.type == "cpu"
-        result = summary(run(teacher, cycles=given.cycles, against=against, **about), teacher=teacher, **about)
+        measured = run(teacher, cycles=given.cycles, against=against, seconds=given.seconds, **about)
+        result = summary(measured, teacher=teacher, **about)
     for name, value in result.items():
         print(f"{name}: {value}")
     if given.json is not None:

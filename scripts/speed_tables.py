@@ -43,6 +43,9 @@ def by_recipe(found: dict[str, Any]) -> list[str]:
     lines = ["| recipe | steps/s | peak, MiB | over float step | " + " | ".join(f"{h}, %" for h in heads) + " |"]
     lines.append("|---|" + "---|" * (3 + len(heads)))
     for row in found["recipes"]:
+        if "failed" in row:
+            lines.append(f"| {row['recipe']} | {row['failed']} |" + " |" * (2 + len(heads)))
+            continue
         peak = f"{row['peak_memory_bytes'] / 2**20:.0f}"
         if "parts" not in row:
             each = "; ".join(f"{1000 * t:.0f} ms per step of {name}" for name, t in row["seconds_per_step"].items())

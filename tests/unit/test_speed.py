@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from zsq.teachers import Teacher
 from zsq.teachers.nets import ResidualNet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "scripts"))
 import reference_gdfq_ait as plain
 import speed
+import speed_tables
 
 BATCH = 12
 
@@ -109,6 +113,20 @@ def test_the_measured_step(teacher: Teacher) -> None:
     assert found["host_syncs_per_step"] == 0
     assert found["floor_seconds"] < found["seconds_per_step"]
     assert 0.5 * found["seconds_per_step"] < sum(found["parts"].values()) < 1.5 * found["seconds_per_step"]
+
+
+def test_turns_end_with_their_time_but_never_before_one_of_each(teacher: Teacher) -> None:
+    measured = speed.run(teacher, "gdfq", batch=BATCH, bits=4, cycles=3, against=False, seconds=0)
+    assert [len(measured.times[arm]) for arm in speed.ARMS] == [1, 1, 1]
+
+
+def test_a_recipe_that_takes_too_long_is_a_row_and_the_file_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "all.json"
+    given = {"teacher": "digits", "batch": 4, "bits": 4, "cycles": 1, "threads": 1, "device": "cpu"}
+    found = speed.every_recipe(Namespace(**given, seconds=0, precision="float32", limit=0.01, json=file))
+    assert {row["failed"] for row in found["recipes"]} == {"not finished in 0 s"}
+    assert json.loads(file.read_text())["recipes"] == found["recipes"]
+    assert "not finished" in "".join(speed_tables.by_recipe(found))
 
 
 def test_the_float_arm_has_no_quantizers(teacher: Teacher) -> None:
