@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsq.errors import BadInput
-from zsq.generators import AddingGenerator, BatchStatsNorm, ConditionalGenerator, UpConv, conv_of_doubled
+from zsq.generators import AddingGenerator, BatchStatsNorm, ConditionalGenerator, UpConv, conv_of_doubled, conv_to_few
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gdfq.json").read_text(encoding="utf-8"))
 
@@ -75,6 +76,45 @@ def test_up_conv_keeps_a_plain_convolution_weight() -> None:
         "weight": (5, 3, 3, 3),
         "bias": (5,),
     }
+
+
+# ---- convolution to few channels
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("outputs", "side", "height"), [(3, 3, 8), (1, 5, 4), (4, 3, 12), (5, 3, 8), (3, 3, 6)])
+def test_conv_to_few_is_the_convolution(layout: torch.memory_format, outputs: int, side: int, height: int) -> None:
+    x = torch.randn(2, 7, height, 6, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(outputs, 7, side, side, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(outputs, dtype=torch.float64, requires_grad=True)
+    plain, fast = F.conv2d(x, weight, bias, padding=side // 2), conv_to_few(x, weight, bias)
+    assert (plain - fast).abs().max() < 1e-12
+    factors = torch.randn_like(plain)
+    wanted = (x, weight, bias)
+    for a, b in zip(*(torch.autograd.grad((y * factors).sum(), wanted) for y in (plain, fast)), strict=True):
+        assert (a - b).abs().max() < 1e-12
+    packed = outputs <= 4 and height % 4 == 0  # or the two would be compared with themselves
+    assert ("FewOutputs" in type(fast.grad_fn).__name__) is packed
+
+
+def test_conv_to_few_in_bfloat16_is_as_close_as_the_convolution() -> None:
+    x, weight, bias = torch.randn(8, 32, 16, 16), torch.randn(3, 32, 3, 3), torch.randn(3)
+    factors = torch.randn(8, 3, 16, 16)
+
+    def found(conv: Callable[..., Tensor], kind: torch.dtype, *, cast: bool) -> list[Tensor]:
+        given = [v.to(torch.bfloat16).to(kind).requires_grad_() for v in (x, weight, bias)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            y = conv(*given)
+        return [y.detach(), *torch.autograd.grad((y * factors.to(y.dtype)).sum(), given)]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    exact = found(plain, torch.float64, cast=False)
+    fast, torchs = (found(conv, torch.float32, cast=True) for conv in (conv_to_few, plain))
+    for a, b, c in zip(fast, torchs, exact, strict=True):
+        own, theirs = (float((v.double() - c).norm() / c.norm()) for v in (a, b))
+        assert own < 0.01 and own < 1.5 * theirs
 
 
 # ---- the network against the published graph, written down with plain modules
