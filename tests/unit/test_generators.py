@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsq.errors import BadInput
-from zsq.generators import AddingGenerator, BatchStatsNorm, ConditionalGenerator, UpConv, conv_of_doubled, conv_to_few
+from zsq.few_outputs import conv_to_few
+from zsq.generators import AddingGenerator, BatchStatsNorm, ConditionalGenerator, UpConv, conv_of_doubled
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gdfq.json").read_text(encoding="utf-8"))
 
