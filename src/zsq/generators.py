@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,12 +29,24 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 
-def conv_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Nearest-neighbour x2 followed by a convolution that keeps the size, computed on the small grid.
+class _Box(torch.autograd.Function):
+    """Sums of 2x2 neighbours, [b, c, h+1, w+1] to [b, c, h, w]; the gradient is such a sum too."""
 
-    Each of the four output phases of a k x k convolution sees a window of (k+1)/2 small pixels a side, whose weights
-    are sums of the k x k weights. The four phases together are one transposed convolution with a kernel of k+1 and
-    stride 2: 2.25 (k=3) or 2.8 (k=5) times fewer operations, and no enlarged copy of the input. Exact up to rounding.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2, 1, divisor_override=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return F.avg_pool2d(grad, 2, 1, padding=1, divisor_override=1)
+
+
+def conv_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Nearest-neighbour x2 followed by a convolution that keeps the size, with a quarter of its operations.
+
+    The enlarged image is one with every second pixel zero, summed over 2x2 neighbours. A convolution and such a sum can
+    change places, and a convolution of an image that is mostly zero is a transposed one of the small image. Four times
+    fewer operations and one sum, in the forward pass and for both gradients. Exact up to rounding.
 
     Args:
         x: [b, inputs, h, w].
@@ -42,17 +56,20 @@ def conv_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         [b, outputs, 2h, 2w].
     """
-    flipped = weight.flip(2, 3)
-    rows = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))
-    kernel = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
-    return F.conv_transpose2d(x, kernel.transpose(0, 1), bias, stride=2, padding=weight.shape[2] // 2)
+    if weight.shape[2] == 1:
+        return F.interpolate(F.conv2d(x, weight, bias), scale_factor=2.0)
+    last = weight.is_contiguous(memory_format=torch.channels_last)  # kernels of other strides are several times slower
+    layout = torch.channels_last if last else torch.contiguous_format
+    turned = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=layout)
+    y: Tensor = _Box.apply(F.conv_transpose2d(x, turned, stride=2, padding=weight.shape[2] // 2 - 1))
+    return y if bias is None else y + bias.to(y.dtype)[:, None, None]  # with a bias oneDNN's kernel is far slower
 
 
 class UpConv(nn.Conv2d):
     """Nearest-neighbour x2 followed by a padded 3x3 convolution, as one operation (`conv_of_doubled`).
 
     A BatchNorm that subtracts the mean of the batch has to come next. The bias then has no effect and no gradient but
-    rounding errors, whose sum over all pixels would cost as much as a convolution: it keeps its initial value.
+    rounding errors: it is kept, as in the published network, and left out.
 
     Args:
         inputs: channels in.
@@ -64,7 +81,7 @@ class UpConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [b, inputs, h, w] to [b, outputs, 2h, 2w]."""
-        return conv_of_doubled(input, self.weight, None if self.bias is None else self.bias.detach())
+        return conv_of_doubled(input, self.weight, None)
 
 
 class BatchStatsNorm(nn.Module):

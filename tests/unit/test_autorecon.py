@@ -151,7 +151,7 @@ def test_it_runs_at_its_published_size(name: str) -> None:
         assert net(torch.randn(2, 100), torch.zeros(2, dtype=torch.int64)).shape == (2, 3, side, side)
     # fewer than published: what reads a nearest up-sampling runs before it
     share = flops.get_total_flops() / 4e9 / giga
-    expected = {CIFAR10: 0.55, CIFAR100: 0.48, "imagenet-mobilenetv2": 0.82}.get(name, 0.97)
+    expected = {CIFAR10: 0.52, CIFAR100: 0.45, "imagenet-mobilenetv2": 0.78}.get(name, 0.97)
     assert share == pytest.approx(expected, abs=0.03)
 
 

@@ -38,7 +38,7 @@ def test_up_conv_is_the_naive_graph(layout: torch.memory_format) -> None:
     conv = UpConv(3, 5).double().to(memory_format=layout)
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     up = F.interpolate(x, scale_factor=2, mode="nearest")
-    naive = F.conv2d(up, conv.weight, conv.bias, padding=1)
+    naive = F.conv2d(up, conv.weight, padding=1)
     fast = conv(x)
     assert (fast - naive).abs().max() < 1e-12
     weights = torch.randn_like(naive)
@@ -49,6 +49,35 @@ def test_up_conv_is_the_naive_graph(layout: torch.memory_format) -> None:
     with_bias = conv_of_doubled(x, conv.weight, conv.bias)  # for those who train it
     (bias,) = torch.autograd.grad((with_bias * weights).sum(), conv.bias)
     assert (bias - weights.sum((0, 2, 3))).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("side", [1, 3, 5, 7])
+def test_conv_of_doubled_of_any_odd_kernel(side: int) -> None:
+    """Values, gradients, and gradients of gradients."""
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 3, side, side, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    naive = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=side // 2)
+    fast = conv_of_doubled(x, weight, bias)
+    assert (fast - naive).abs().max() < 1e-12
+    found = []
+    for y in (fast, naive):
+        first = torch.autograd.grad(y.sin().sum(), (x, weight, bias), create_graph=True)
+        second = torch.autograd.grad(sum(part.square().sum() for part in first), (x, weight, bias))
+        found.append([*first, *second])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() < 1e-9 * b.abs().max()
+
+
+def test_conv_of_doubled_in_bfloat16_is_as_close_as_the_naive_graph() -> None:
+    conv = UpConv(32, 16)
+    x = torch.randn(4, 32, 8, 8).to(torch.bfloat16)
+    weight = conv.weight.detach().to(torch.bfloat16).double()
+    exact = F.conv2d(F.interpolate(x.double(), scale_factor=2), weight, padding=1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        own, naive = conv(x), F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, padding=1)
+    errors = [float((y.double() - exact).norm() / exact.norm()) for y in (own, naive)]
+    assert own.dtype == torch.bfloat16 and errors[0] < 0.005 and errors[0] < 2 * errors[1]
 
 
 def test_the_bias_before_a_norm_has_no_effect_and_is_not_trained() -> None:
@@ -68,7 +97,7 @@ def test_the_bias_before_a_norm_has_no_effect_and_is_not_trained() -> None:
 def test_up_conv_on_the_smallest_grid() -> None:
     conv = UpConv(2, 2).double()
     x = torch.randn(1, 2, 1, 1, dtype=torch.float64)
-    naive = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), conv.weight, conv.bias, padding=1)
+    naive = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), conv.weight, padding=1)
     assert (conv(x) - naive).abs().max() < 1e-12
 
 

@@ -163,3 +163,94 @@ def test_weights_far_from_zero_are_computed_in_float_or_refused() -> None:
         net(x)
         with pytest.raises(RunFailed, match=f"strided: expected weights whose integers stay within {TOP}.*float32"):
             require_small(chosen)
+
+
+class Normed(nn.Module):
+    """Two convolutions with a BatchNorm behind each, the second between a sum; one whose BatchNorm is not alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()
+        self.conv1, self.norm1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, affine=False)
+        self.conv3, self.norm3 = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+        for norm in (self.norm1, self.norm2, self.norm3):
+            norm.running_mean.uniform_(-0.2, 0.2)
+            norm.running_var.uniform_(0.05, 0.2)
+        with torch.no_grad():
+            self.norm1.weight.copy_(torch.tensor([1.5, -0.7, 0.0, 1e-6, 0.3, 1.0, 2.0, -1e-3]))
+            self.norm1.bias.uniform_(-0.5, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x))
+        y = self.relu(self.norm1(self.conv1(x)))
+        z = self.conv3(self.relu(self.norm2(self.conv2(y)) + x))
+        return self.norm3(z) + z
+
+
+def normed() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    net, _ = quantize(Normed().eval(), QuantSpec(4, 4, weight=LiveMinMax, act=Percentile))
+    x = torch.randn(6, 3, 12, 12).to(memory_format=torch.channels_last)
+    net(x)
+    freeze_ranges(net)
+    return net, x
+
+
+def test_a_norm_that_alone_reads_a_convolution_is_part_of_it() -> None:
+    net, _ = normed()
+    assert {plan.name: plan.norm for plan in plans(net)} == {"conv1": net.norm1, "conv2": net.norm2, "conv3": None}
+    with on_integers(net):
+        assert "forward" in net.norm1.__dict__ and "forward" not in net.norm3.__dict__
+    assert "forward" not in net.norm1.__dict__
+
+
+@pytest.mark.parametrize(("conv", "norm"), [("conv1", "norm1"), ("conv2", "norm2")])
+def test_results_and_gradients_with_a_norm_are_those_of_two_layers(conv: str, norm: str) -> None:
+    """Factors of any sign, zero and tiny ones; results to the last bits, gradients to bfloat16's."""
+    net, x = normed()
+    first, second = net.get_submodule(conv), net.get_submodule(norm)
+    seen: list[Tensor] = []
+    handle = first.register_forward_hook(lambda *a: seen.append(a[1][0].detach()))
+    net(x)
+    handle.remove()
+
+    def found() -> list[Tensor]:
+        leaf = seen[0].clone().requires_grad_()
+        before = first(leaf)
+        y = second(before)
+        assert (y is before) is (first.weight_path.integers is not None)
+        factors = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        own = [*first.parameters(), *second.parameters()]
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *own], factors)]
+
+    plain = found()
+    with on_integers(net):
+        fast = found()
+    torch.testing.assert_close(fast[0], plain[0], rtol=1e-5, atol=1e-5)
+    for index, (a, b) in enumerate(zip(fast[1:], plain[1:], strict=True)):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        assert float((a - b).norm()) <= 5e-3 * float(b.norm()), index
+
+
+def test_a_norm_that_is_watched_or_in_training_stays_apart() -> None:
+    net, x = normed()
+    given: list[Tensor] = []
+    with on_integers(net):
+        handle = net.norm1.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+        watched = net(x)
+        handle.remove()
+        together = net(x)
+        with without_quantizers(net):
+            inside = net(x)
+        net.norm1.train()
+        net.norm1.momentum = 0.0
+        net(x)
+        net.norm1.eval()
+    torch.testing.assert_close(watched, together, rtol=0, atol=2e-2)
+    plain: list[Tensor] = []
+    net.conv1.register_forward_hook(lambda *a: plain.append(a[2]))
+    net(x)
+    torch.testing.assert_close(given[0], plain[0], rtol=1e-5, atol=1e-5)
+    with without_quantizers(net):
+        assert torch.equal(inside, net(x))

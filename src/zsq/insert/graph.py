@@ -10,6 +10,7 @@ import copy
 import linecache
 import operator
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,28 @@ def in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     return node.target in _OUT_OF_PLACE or node.kwargs.get("inplace") is True
+
+
+def norms_behind(net: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """Find the BatchNorms with running statistics that alone read the result of a module, both called only once.
+
+    Args:
+        net: with a graph; any other network has none.
+
+    Returns:
+        The BatchNorm by the path of the module before it.
+    """
+    graph: Any = getattr(net, "graph", None)
+    calls = {node: net.get_submodule(node.target) for node in getattr(graph, "nodes", ()) if node.op == "call_module"}
+    often = Counter(map(id, calls.values()))
+    found = {}
+    for node, norm in calls.items():
+        if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or not node.all_input_nodes:
+            continue
+        source = node.all_input_nodes[0]
+        if source in calls and len(source.users) == 1 and often[id(norm)] == often[id(calls[source])] == 1:
+            found[str(source.target)] = norm
+    return found
 
 
 class _Rooted(fx.GraphModule):

@@ -2,7 +2,8 @@
 
 A convolution whose input and weight are both on a grid multiplies integers. The forward pass does just that: int8
 products, int32 sums, one scale per output channel in float32. The backward pass multiplies in bfloat16, which holds the
-input's integers exactly and rounds weight and incoming gradient.
+input's integers exactly and rounds weight and incoming gradient. A frozen BatchNorm behind it is another scale and an
+offset per channel: it needs no pass of its own, forward or backward.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from zsq.errors import RunFailed
 from zsq.grid import Grid, encode
+from zsq.insert.graph import norms_behind
 from zsq.insert.layers import is_plain_conv
 from zsq.quantizer import LearnedStep, LiveMinMax, Quantizer
 from zsq.quantizer.base import ObservedRange
@@ -33,24 +35,30 @@ def available(device: torch.device) -> bool:
 
 
 class _IntegerConv(torch.autograd.Function):
-    """`x` is on the grid of its source; the gradient passes straight through the weight's rounding."""
+    """`x` is on the grid of its source; the gradient passes straight through the weight's rounding.
+
+    With `stats` (mean and inverse deviation of a BatchNorm) the result is ``gamma * (conv - mean) * inverse + beta``.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, grid: Grid, codes: Tensor, in_inv: Tensor, peak: Tensor,
-        options: tuple[Any, ...],
+        ctx: Any, x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, grid: Grid, codes: Tensor,
+        in_inv: Tensor, peak: Tensor, options: tuple[Any, ...], stats: tuple[Tensor, Tensor] | None,
     ) -> Tensor:  # fmt: skip
         stride, padding, dilation, groups = options
         whole = encode(weight, grid).add_(grid.zero)
         torch.maximum(peak, whole.abs().max(), out=peak)
         own = whole.to(torch.int8)
-        scale = torch.reciprocal(grid.inv_step.flatten() * in_inv)
+        scale, factor, shift = torch.reciprocal(grid.inv_step.flatten() * in_inv), None, None
+        if stats is not None:
+            factor = stats[1] if gamma is None else gamma * stats[1]
+            scale, shift = scale * factor, torch.addcmul(torch.zeros(()) if beta is None else beta, -stats[0], factor)
         zeros = torch.zeros(len(scale), dtype=torch.int64)
-        ctx.save_for_backward(codes, whole.div_(grid.inv_step), in_inv)
+        ctx.save_for_backward(codes, whole.div_(grid.inv_step), in_inv, factor, *(stats or ()))
         ctx.options = options
         y: Tensor = torch.ops.onednn.qconv2d_pointwise(
             # Not its qconv_prepack, which reads every scale back to the host.
-            codes.view(torch.uint8), 1.0, 0, own.to_mkldnn(), scale, zeros, None, stride, padding, dilation, groups,
+            codes.view(torch.uint8), 1.0, 0, own.to_mkldnn(), scale, zeros, shift, stride, padding, dilation, groups,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return y
@@ -58,17 +66,28 @@ class _IntegerConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        codes, rounded, in_inv = ctx.saved_tensors
+        codes, rounded, in_inv, factor, *stats = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
+        needs_x, needs_weight, *needs_norm = ctx.needs_input_grad[:4]
         half = torch.bfloat16
-        kernel = rounded.to(half, memory_format=torch.channels_last)
-        into_x, into_weight, _ = torch.ops.aten.convolution_backward(
-            grad.to(half), codes.to(half), kernel, None, stride, padding, dilation, False, [0, 0], groups,
-            [*ctx.needs_input_grad[:2], False],
+        kernel = rounded if factor is None else rounded * factor[:, None, None, None]
+        wanted = [needs_x, needs_weight or any(needs_norm), any(needs_norm)]
+        into_x, into_weight, total = torch.ops.aten.convolution_backward(
+            grad.to(half), codes.to(half), kernel.to(half, memory_format=torch.channels_last), [len(kernel)],
+            stride, padding, dilation, False, [0, 0], groups, wanted,
         )  # fmt: skip
+        into_x = None if into_x is None else into_x.float()
         # The codes of x are in units of its step.
         into_weight = None if into_weight is None else into_weight.float().div_(in_inv)
-        return None if into_x is None else into_x.float(), into_weight, None, None, None, None, None
+        into_gamma = into_beta = None
+        if any(needs_norm):
+            into_beta, (mean, inverse) = total.float(), stats
+            # The sum of gradient times result, which the gradient of the weight has summed already.
+            product = (rounded * into_weight).flatten(1).sum(1)
+            into_gamma = product.sub_(mean * into_beta).mul_(inverse)
+        if factor is not None and into_weight is not None:
+            into_weight.mul_(factor[:, None, None, None])
+        return into_x, into_weight, into_gamma, into_beta, None, None, None, None, None, None
 
 
 class _Rounding(torch.autograd.Function):
@@ -113,6 +132,17 @@ class _Remembering:
         return torch.mul(x.detach(), self._quantizer.grid(x).inv_step).add_(0.5).to(torch.int8)
 
 
+class _Normalised:
+    """A forward for a frozen BatchNorm that gives back what the convolution before it has normalised already."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        self._norm = norm
+        self.given: Callable[[], Tensor | None] = lambda: None
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return input if self.given() is input else nn.BatchNorm2d.forward(self._norm, input)
+
+
 class IntegerPlan:
     """How one layer computes on integers, decided before a loop: nothing is read from a tensor within it.
 
@@ -120,14 +150,17 @@ class IntegerPlan:
         layer: a plain convolution with a `weight_path`.
         name: of the layer.
         sources: the quantizer its input comes from, per call site; None where it computes in float.
+        norm: a BatchNorm with running statistics that is the only reader of the layer's only call, and has no other.
 
     Attributes:
-        name, layer, sources: as given.
+        name, layer, sources, norm: as given.
         peak: largest integer of the weight so far, 0-dim.
     """
 
-    def __init__(self, layer: Any, name: str, sources: tuple[Quantizer | None, ...]) -> None:
-        self.name, self.sources, self.layer = name, sources, layer
+    def __init__(
+        self, layer: Any, name: str, sources: tuple[Quantizer | None, ...], norm: nn.BatchNorm2d | None = None
+    ) -> None:
+        self.name, self.sources, self.layer, self.norm = name, sources, layer, norm
         self._options = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
         self.peak = torch.zeros(())
 
@@ -141,9 +174,22 @@ class IntegerPlan:
         if not isinstance(rounding, _Remembering):  # this site rounds nothing at the moment
             return None
         weight, in_inv = self.layer.weight, source.grid(x).inv_step
-        y: Tensor = _IntegerConv.apply(x, weight, path.quantizer.grid(weight), rounding.codes(x), in_inv, self.peak,
-                                       self._options)  # fmt: skip
+        gamma, beta, stats, normalised = self._norm_now()
+        y: Tensor = _IntegerConv.apply(x, weight, gamma, beta, path.quantizer.grid(weight), rounding.codes(x), in_inv,
+                                       self.peak, self._options, stats)  # fmt: skip
+        if normalised is not None:
+            normalised.given = weakref.ref(y)
         return y if self.layer.bias is None else y + self.layer.bias[:, None, None]
+
+    def _norm_now(self) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None, _Normalised | None]:
+        """The BatchNorm's factors and statistics and its forward; nothing where it has to be apart."""
+        norm: Any = self.norm
+        normalised = None if norm is None else norm.__dict__.get("forward")
+        watched = norm is None or norm._forward_pre_hooks or norm._forward_hooks or self.layer._forward_hooks
+        if watched or norm.training or not isinstance(normalised, _Normalised):
+            return None, None, None, None
+        stats = norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
+        return norm.weight, norm.bias, stats, normalised
 
 
 def require_small(plans: Sequence[IntegerPlan]) -> None:
@@ -174,14 +220,14 @@ def plans(student: nn.Module) -> list[IntegerPlan]:
     Args:
         student: from `quantize`, its ranges frozen.
     """
-    found = []
+    found, norms = [], norms_behind(student)
     for name, layer in student.named_modules():
         path: Any = getattr(layer, "weight_path", None)
         if path is None or not isinstance(layer, nn.Conv2d) or not is_plain_conv(layer) or not _suits(layer, path):
             continue
         sources = tuple(source if source is not None and _small(source) else None for source in path.inputs)
         if any(sources) and _largest(layer.weight, path.quantizer) <= TOP // 2:
-            found.append(IntegerPlan(layer, name, sources))
+            found.append(IntegerPlan(layer, name, sources, norms.get(name) if layer.bias is None else None))
     return found
 
 
@@ -226,10 +272,14 @@ def on_integers(student: nn.Module) -> Iterator[list[IntegerPlan]]:
         source.__dict__["forward"] = _Remembering(source)
     for plan in chosen:
         plan.layer.weight_path.integers = plan
+        if plan.norm is not None and "forward" not in plan.norm.__dict__:
+            plan.norm.__dict__["forward"] = _Normalised(plan.norm)
     try:
         yield chosen
     finally:
         for plan in chosen:
             plan.layer.weight_path.integers = None
+            if plan.norm is not None and isinstance(plan.norm.__dict__.get("forward"), _Normalised):
+                del plan.norm.__dict__["forward"]
         for source in sources:
             del source.__dict__["forward"]
