@@ -18,7 +18,7 @@ import zoo
 import zoo_export
 from tiny import Command, Folder
 from zsq.errors import BadInput, RunFailed
-from zsq.export import export, onnx_program, runtimes, verify
+from zsq.export import export, onnx_program, runtimes, torch_program, verify
 from zsq.export.float_model import float_onnx
 from zsq.export.frozen import freeze
 from zsq.export.onnx_file import build
@@ -82,6 +82,21 @@ def test_the_file_takes_any_batch_size(tmp_path: Path) -> None:
     for count in (1, 2, 7):
         got = runtimes.ort_run(session, images[:count])[0]
         assert np.allclose(got, student(images[:count]), atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["ort", "torch"])
+def test_a_run_with_images_of_another_size_gives_a_file_for_the_networks_own(target: str, tmp_path: Path) -> None:
+    """Otherwise it could not be run on what the network is for."""
+    student, teacher, images = prepared("mobilenet", QuantSpec(4, 4, "deploy"))
+    smaller = F.avg_pool2d(images, 2)
+    if target == "torch":
+        torch_program.write(student, teacher, smaller, tmp_path / "m.pt2")
+        got = torch_program.load(tmp_path / "m.pt2")(images[:2]).detach()
+    else:
+        onnx_program.write(student, teacher, smaller, tmp_path / "m.onnx")
+        session = runtimes.ort_session((tmp_path / "m.onnx").read_bytes(), optimise=True)
+        got = torch.as_tensor(runtimes.ort_run(session, images[:2])[0])
+    assert torch.allclose(got, student(images[:2]), atol=1e-5)
 
 
 def power_of_two(student: nn.Module) -> None:

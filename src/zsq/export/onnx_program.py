@@ -15,6 +15,7 @@ from zsq.errors import BadInput
 from zsq.export import verify
 from zsq.export.float_model import float_bytes
 from zsq.export.frozen import freeze
+from zsq.export.inputs import of_the_networks_size
 from zsq.export.onnx_file import build
 from zsq.export.runtimes import OpenVinoRunner, OrtRunner, batch_of, ort_reads_int2
 from zsq.insert.access import freeze_ranges
@@ -36,7 +37,7 @@ def write(
     Args:
         student: calibrated or trained; it is left as it was.
         teacher: the network it was made from; for its facts and its size.
-        images: what to compare on, shape [n, c, h, w], normalised.
+        images: what to compare on, shape [n, c, h, w], normalised; brought to the network's size.
         path: the file; an existing one is replaced only by a file that passed the comparison.
         target: ort or openvino: whose rules the file follows, and where it is checked.
         facts: further metadata.
@@ -55,7 +56,7 @@ def write(
     path = Path(path)
     temporary = reserve(path)
     try:
-        images = images.detach().float().cpu()
+        images = of_the_networks_size(images, teacher)
         images = images if len(images) > 1 else images.repeat(2, 1, 1, 1)
         reference = copy.deepcopy(student).cpu().eval()
         freeze_ranges(reference)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from zsq.checkpoint import write_atomic
 from zsq.errors import BadInput, RunFailed
+from zsq.export.inputs import of_the_networks_size
 from zsq.export.torch_check import compare_sites
 from zsq.export.torch_graph import float_layers, logit_step, lowerable
 from zsq.export.torch_modules import StoredWeight, stored_weights, swap_sites
@@ -62,7 +63,7 @@ def write(student: nn.Module, teacher: Teacher, images: Tensor, path: Path | str
     Args:
         student: a calibrated or trained student; it is left as it was.
         teacher: the network it was made from; for its facts and its size.
-        images: what to compare on, shape [n, c, h, w], normalised.
+        images: what to compare on, shape [n, c, h, w], normalised; brought to the network's size.
         path: the file, usually .pt2; an existing one is replaced only by a program that passed the comparison.
 
     Returns:
@@ -79,7 +80,7 @@ def write(student: nn.Module, teacher: Teacher, images: Tensor, path: Path | str
     """
     path = Path(path)
     _check_target(path)
-    images = images.detach().float().cpu()
+    images = of_the_networks_size(images, teacher)
     reference = copy.deepcopy(student).cpu().eval()
     freeze_ranges(reference)
     twin, weights = _twin(reference, images)
