@@ -27,7 +27,7 @@ from zsq.sources.noise import probe_images  # noqa: E402
 from zsq.sources.pool import PoolSource  # noqa: E402
 from zsq.teachers import Teacher, load_teacher  # noqa: E402
 
-MATRICES = [ROOT / "bench" / f"export_runs{name}.toml" for name in ("", "_segment")]
+MATRICES = [ROOT / "bench" / f"export_runs{name}.toml" for name in ("", "_segment", "_cgnet")]
 SHARED = Path(os.environ.get("ZSQ_SHARED") or ROOT.parent / "shared")
 BITS = ((8, 8), (4, 8), (4, 4), (3, 3))
 
