@@ -76,18 +76,19 @@ def subjects(runs: Path) -> Iterator[Subject]:
         runs: where the trained runs are, or will be made.
     """
     for cell, shared in ((cell, shared) for cells, shared in map(read_matrix, MATRICES) for cell in cells):
-        if "../shared/" in cell.options["eval"] and not SHARED.exists():
+        asked = cell.asked(shared)
+        if "../shared/" in asked["eval"] and not SHARED.exists():
             print(f"{cell.teacher}: left out, its files are not in the folder of shared data", file=sys.stderr)
             continue
 
-        def trained(cell: Any = cell, shared: dict[str, Any] = shared) -> Made:
+        def trained(cell: Any = cell, shared: dict[str, Any] = shared, data: str = asked["eval"]) -> Made:
             folder = runs / cell.name
             run_cell(cell, folder, shared, 1)
             teacher, student, _ = open_run(folder)
             images = load_tree(folder / "images.safetensors")["images"]
-            return Made(student, teacher, images, load_data(cell.options["eval"], teacher))
+            return Made(student, teacher, images, load_data(data, teacher))
 
-        kind = "calibrated" if cell.options.get("steps") == 0 else "trained"
+        kind = "calibrated" if asked.get("steps") == 0 else "trained"
         yield Subject(cell.teacher, kind, (cell.weight_bits, cell.act_bits), trained)
     for name, real in REAL.items():
         if str(SHARED) in real.data and not SHARED.exists():
