@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq import losses
+from zsq.correction import correct_means
 from zsq.descent import bounded_sgd
 from zsq.discrepancy import excitation, stage_excitation, stage_gap, task_gap
 from zsq.fit import calibrate, fit
@@ -37,11 +38,11 @@ PARTS = "adversarial generator | live min/max weights, percentile activations | 
 Switch = Literal["on", "off"]
 RELEASED = {"loss": "l1", "ranges": "widening", "symmetric": "off", "frozen": "off", "lr": 0.1, "decay": "steps", "clip": 0.0, "features": "feature_l1",
             "stage_weights": "uniform", "alpha": 1.0, "beta": 0.1, "damping": "off", "turns": 5, "early": "off", "replay": 0.0,
-            "restart": "off", "width": 64, "generator_lr": 1e-3, "betas": [0.9, 0.999], "bns_weight": 0.0}  # fmt: skip
+            "restart": "off", "width": 64, "generator_lr": 1e-3, "betas": [0.9, 0.999], "bns_weight": 0.0, "correction": "off"}  # fmt: skip
 FIDELITY: dict[str, dict[str, Any]] = {
     "best": {"loss": "l1", "ranges": None, "symmetric": "off", "frozen": "on", "lr": 1e-3, "decay": "cosine", "clip": 1.0, "features": "crm",
              "stage_weights": "adaptive", "alpha": 1.0, "beta": 0.05, "damping": "on", "turns": 5, "early": None, "replay": 0.25,
-             "restart": "on", "width": 32, "generator_lr": 1e-3, "betas": [0.5, 0.999], "bns_weight": 0.0},
+             "restart": "on", "width": 32, "generator_lr": 1e-3, "betas": [0.5, 0.999], "bns_weight": 0.0, "correction": "on"},
     "paper": {**RELEASED, "symmetric": "on", "features": "crm", "stage_weights": "adaptive", "alpha": 0.1, "beta": 0.05},
     "official": RELEASED,
 }  # fmt: skip
@@ -94,6 +95,7 @@ def zaq(
     stage_weights: Literal["adaptive", "uniform", "softmax"] | None = None, replay: float | None = None, restart: Switch | None = None,
     frozen: Switch | None = None, bns_weight: float | None = None, symmetric: Switch | None = None,
     ranges: Literal["percentile", "ema", "mse", "widening"] | None = None, loss: Literal["l1", "kl"] | None = None,
+    correction: Switch | None = None,
 ) -> Outcome:  # fmt: skip
     """Quantize `teacher` with ZAQ.
 
@@ -131,6 +133,7 @@ def zaq(
         ranges: rule of the activation ranges: percentile (the value below 6 bits), ema (of minimum and maximum), mse or
             widening (extremes so far, the value from 6 bits on).
         loss: of the student's outputs: l1 as published, or kl, the distillation loss of the other recipes.
+        correction: on shifts biases after the warm-up, so that every channel has the teacher's mean on the source's images.
 
     Returns:
         Student, report, source and the numbers the presets settled on.
@@ -161,7 +164,7 @@ def zaq(
         adversary_by_subject(image, (spec or QuantSpec()).act_bits) if fidelity == "best" else {}, steps=steps, warmup=warmup, batch=batch, width=width,
         turns=turns, early=early, generator_lr=generator_lr, lr=lr, weight_decay=weight_decay, decay=decay, clip=clip, alpha=alpha,
         beta=beta, features=features, stage_weights=stage_weights, damping=damping, replay=replay, restart=restart, frozen=frozen,
-        bns_weight=bns_weight, symmetric=symmetric, ranges=ranges, size=size, loss=loss,
+        bns_weight=bns_weight, symmetric=symmetric, ranges=ranges, size=size, loss=loss, correction=correction,
     )  # fmt: skip
     weight, act = (partial(rule, symmetric=plan.symmetric == "on") for rule in (LiveMinMax, RANGES[plan.ranges]))
     student, report = quantize(teacher.net, replace(spec or QuantSpec(), weight=weight, act=act))
@@ -171,6 +174,9 @@ def zaq(
     batches = feed(images, make, batch=plan.batch)
 
     calibrate(student, batches, steps=plan.warmup, run=run, observe_last=50)
+    if plan.correction == "on":
+        for _ in run.steps("correct", 1, student=student):
+            correct_means(student, teacher.net, batches.sample(4 * plan.batch, run.rng("correct", 0)).images)
 
     stages = [] if plan.features == "off" else find_stages(teacher.net, image)
     d_o = partial(task_gap, task=teacher.outputs)
