@@ -19,9 +19,9 @@ def correct_means(student: nn.Module, teacher: nn.Module, images: Tensor) -> lis
     """Give every channel behind a layer the mean that it has in the teacher, in place, layer after layer.
 
     The mean of what a BatchNorm gives (or a layer with a bias and no BatchNorm folded behind it) is compared over the
-    images, and the difference is added to its bias. A later layer is given what the corrected ones before it make, all in
-    one forward of each network. Left as they are: layers without any bias, modules that are called more than once, and
-    functional layers.
+    images, and the difference is added to its bias. A later layer is given what the corrected ones before it make, all
+    in one forward of each network. Left as they are: layers without any bias, modules that are called more than once,
+    and functional layers.
 
     Args:
         student: from `quantize`, its ranges fixed; put into eval mode.

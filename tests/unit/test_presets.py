@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from zsq.errors import BadInput
-from zsq.presets import choose, feed, generator_budget, settle, student_milestones
+from zsq.presets import adversary_by_subject, choose, feed, generator_budget, settle, student_milestones
 from zsq.sources.pool import PoolSource
 
 SMALL, EDGE, LARGE = (3, 32, 32), (3, 64, 64), (3, 224, 224)
@@ -66,3 +67,21 @@ def test_feed() -> None:
     assert feed(None, lambda: made.append(1) or pool, batch=7) is pool and pool.batch == 5 and made
     with pytest.raises(BadInput, match="--batch"):
         feed(pool, lambda: pool, batch=0)
+
+
+@pytest.mark.parametrize("image", [SMALL, LARGE])
+def test_an_update_is_measured_in_steps_of_the_grid(image: tuple[int, int, int]) -> None:
+    rates = {bits: adversary_by_subject(image, (bits, 4), nn.Identity())["lr"] for bits in (3, 4, 8)}
+    assert rates[3] == rates[4] == 16 * rates[8]
+
+
+def test_ranges_of_few_bits_are_narrow() -> None:
+    kinds = [(image, (4, bits)) for image in (SMALL, LARGE) for bits in (4, 8)]
+    found = [adversary_by_subject(*kind, nn.Identity())["ranges"] for kind in kinds]
+    assert found == ["percentile", "widening", "mse", "widening"]
+
+
+def test_means_are_corrected_where_images_come_near_to_real_ones() -> None:
+    found = {(max(image), bits): adversary_by_subject(image, (4, bits), nn.Identity())["correction"]
+             for image in (SMALL, LARGE) for bits in (4, 8)}  # fmt: skip
+    assert [key for key, value in found.items() if value == "on"] == [(32, 4)]

@@ -52,6 +52,7 @@ def test_agreement_rises_above_calibration_within_200_updates() -> None:
 def test_without_batchnorm_and_without_labels(bn_free_net: nn.Module) -> None:
     teacher = Teacher(bn_free_net, "flat", "classify", 10, (3, 8, 8))
     outcome = short_run(teacher)
+    assert outcome.plan["bns_weight"] == 0 and short_run(tiny_teacher(), steps=0).plan["bns_weight"] == 1
     assert outcome.source.draw(torch.Generator().manual_seed(0)).labels is None
     with pytest.raises(BadInput, match="BatchNorm"):  # only where the statistics were asked for
         short_run(teacher, bns_weight=0.1)
@@ -109,11 +110,11 @@ def test_paper_is_symmetric() -> None:
     assert all(isinstance(site, Percentile) and not site.symmetric for site in best)
 
 
-@pytest.mark.parametrize(("bits", "early", "ranges"), [(4, "off", "percentile"), (6, "excite", "widening")])
+@pytest.mark.parametrize(("bits", "early", "ranges"), [(4, "gap", "percentile"), (6, "excite", "widening")])
 def test_ranges_suit_their_bits(bits: int, early: str, ranges: str) -> None:
     plan = short_run(tiny_teacher(), bits=bits, steps=0).plan
     assert (plan["early"], plan["ranges"]) == (early, ranges)
-    assert short_run(tiny_teacher(), bits=bits, steps=0, early="gap", ranges="ema").plan["early"] == "gap"
+    assert short_run(tiny_teacher(), bits=bits, steps=0, early="off", ranges="ema").plan["early"] == "off"
     assert short_run(tiny_teacher(), bits=bits, steps=0, fidelity="official").plan["early"] == "off"
 
 
@@ -141,8 +142,9 @@ def test_stage_weights_matter_where_there_are_stages() -> None:
 
 @pytest.mark.parametrize("option", [
     {"features": "off"}, {"features": "feature_l1"}, {"damping": "off"}, {"replay": 0.0},
-    {"restart": "off"}, {"frozen": "off"}, {"early": "gap"}, {"symmetric": "on"}, {"decay": "steps"}, {"clip": 0.0},
-    {"loss": "kl"}, {"bns_weight": 0.1}, {"turns": 1}, {"beta": 0.0}, {"ranges": "ema"},
+    {"restart": "off"}, {"frozen": "off"}, {"early": "off"}, {"correction": "off"},
+    {"symmetric": "on"}, {"decay": "steps"}, {"clip": 0.0},
+    {"loss": "kl"}, {"bns_weight": 0.0}, {"turns": 1}, {"beta": 0.0}, {"ranges": "ema"},
 ])  # fmt: skip
 def test_every_switch_changes_the_student(option: dict[str, Any]) -> None:
     long = {"steps": 21, "lr": 0.05, "turns": 2}  # ten turns and a look for a collapse
