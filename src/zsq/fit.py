@@ -16,7 +16,7 @@ from zsq.insert.integers import on_integers, require_small
 from zsq.run import Run
 from zsq.run.stage import Stateful
 from zsq.sources.base import Batch, Source, prepare
-from zsq.view import View, look
+from zsq.view import View, view_at, wide
 
 if TYPE_CHECKING:
     from zsq.teachers import Teacher
@@ -158,11 +158,9 @@ def _loss_gradient(
     """One forward of each network, the loss, one backward."""
     if loss is None:
         raise ValueError("fit: expected a loss or a gradient, got neither")
-    if precision == "bf16":  # a tenth faster, which float32 on a CPU is not
-        part = part._replace(images=part.images.contiguous(memory_format=torch.channels_last))
     target = _teacher_view(teacher, part, features, precision)
     with torch.enable_grad():
-        found = loss(_view(student, part.images, features, precision), target, part)
+        found = loss(view_at(student, part.images, features, precision), target, part)
         (share * torch.stack(list(found.values())).sum()).backward()
     return found
 
@@ -200,26 +198,9 @@ def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
 def _teacher_view(teacher: nn.Module, batch: Batch, features: Sequence[str], precision: str) -> View:
     """What the teacher saw: from the source if it brought everything along, else by asking the teacher."""
     if batch.view is not None and set(features) <= set(batch.view.features):
-        return _in_float32(batch.view.detach())
+        return wide(batch.view.detach())
     with torch.no_grad():
-        return _view(teacher, batch.images, features, precision)
-
-
-def _view(net: nn.Module, images: Tensor, features: Sequence[str], precision: str) -> View:
-    if precision != "bf16":
-        return look(net, images, features=features)
-    with torch.autocast(images.device.type, dtype=torch.bfloat16):
-        return _in_float32(look(net, images, features=features))
-
-
-def _in_float32(view: View) -> View:
-    """Half precision ends here: losses are computed in float32."""
-    features = {name: _widen(value) for name, value in view.features.items()}
-    return View(_widen(view.logits), view.norms, features)
-
-
-def _widen(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+        return view_at(teacher, batch.images, features, precision)
 
 
 def _distinct(source: Source, taken: Mapping[str, Tensor]) -> dict[str, Tensor]:

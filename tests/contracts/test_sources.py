@@ -20,6 +20,7 @@ from zsq.run import Run
 from zsq.sources.base import Batch, Source
 from zsq.sources.crops import CropSource
 from zsq.sources.generator import GeneratorSource, Latents
+from zsq.sources.harder import HarderSource
 from zsq.sources.noise_pool import NoiseSource
 from zsq.sources.pool import PoolSource
 from zsq.sources.recorded import RecordedSource
@@ -81,6 +82,19 @@ def from_adversary(teacher: Teacher, *, calibrated: bool = True, **options: Any)
     return of_recipe("zaq", teacher, student=student, width=4, turns=2, **options)
 
 
+def from_harder(teacher: Teacher) -> Source:
+    student, _ = quantize(teacher.net, QuantSpec())
+    student.eval()
+    with torch.no_grad():
+        student(torch.randn(32, *teacher.image, generator=torch.Generator().manual_seed(4)))
+    freeze_ranges(student)
+
+    def gap(s: View, t: View) -> Tensor:
+        return teacher.outputs.kl(s.logits, t.logits, through_teacher=True)
+
+    return HarderSource(from_pool(teacher), teacher, student, gap, epsilon=0.2, precision="float32")
+
+
 FACTORIES: dict[str, Callable[[Teacher], Source]] = {
     "generator": from_generator,
     "generator-conditional": lambda teacher: from_generator(teacher, conditional=True),
@@ -95,6 +109,7 @@ FACTORIES: dict[str, Callable[[Teacher], Source]] = {
     "zaq-bns": lambda teacher: from_adversary(teacher, bns_weight=0.1),
     "pool": from_pool,
     "pool-cropped": lambda teacher: CropSource(from_pool(teacher), scale=(0.5, 1.0)),
+    "pool-harder": from_harder,
     "noise": from_noise,
     "recorded": from_recording,
 }

@@ -16,9 +16,11 @@ from zsq import pipeline, recipes
 from zsq.errors import BadInput
 from zsq.grid import encode
 from zsq.insert import QuantSpec, activation_quantizers, quantize, quantized_weights
+from zsq.insert.access import weight_paths
 from zsq.quantizer import MseRange
 from zsq.recipes import zsq
 from zsq.run import Run
+from zsq.sources.harder import HarderSource
 from zsq.teachers import Teacher
 
 SHORT: dict[str, Any] = {"steps": 4, "warmup": 2, "lead": 2, "batch": 8, "count": 32, "shown": 8}
@@ -62,6 +64,11 @@ def test_depthwise_and_gates(placement: str, bits: int) -> None:
     assert all(isinstance(q, MseRange) and not q.observing for q in activation_quantizers(student).values())
 
 
+def hundred() -> Teacher:
+    layers = (nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Teacher(settled(nn.Sequential(*layers, nn.Linear(8, 100))), "hundred", "classify", 100, (1, 8, 8))
+
+
 def test_calibration_only_trains_nothing() -> None:
     teacher = tiny_teacher()
     found = outcome(teacher, steps=0)
@@ -70,9 +77,13 @@ def test_calibration_only_trains_nothing() -> None:
     assert all(torch.equal(own[f"{w.name}.weight"], w.parameter) for w in quantized_weights(found.student))
 
 
-def test_the_learning_rate_follows_the_number_of_classes() -> None:
-    assert outcome().plan["lr"] == pytest.approx(3e-3)
+def test_the_learning_rate_of_sgd_follows_the_number_of_classes() -> None:
+    assert outcome().plan["lr"] == outcome(hundred()).plan["lr"] == pytest.approx(3e-4)
+    assert outcome(optimizer="sgd").plan["lr"] == pytest.approx(3e-3)
+    assert outcome(hundred(), optimizer="sgd").plan["lr"] == pytest.approx(3e-2)
     assert outcome(lr=0.5).plan["lr"] == 0.5
+    with pytest.raises(BadInput, match="--optimizer"):
+        outcome(optimizer="lbfgs")
 
 
 def test_steps_have_their_own_learning_rate() -> None:
@@ -115,9 +126,21 @@ def test_with_a_flip_rate_every_layer_moves(monkeypatch: pytest.MonkeyPatch) -> 
             assert moved.any()
 
 
+def test_images_are_made_harder_unless_told_not_to() -> None:
+    found = outcome()
+    assert isinstance(found.source, HarderSource) and found.plan["epsilon"] == 0.3 and found.plan["temperature"] == 4.0
+    assert not isinstance(outcome(epsilon=0.0).source, HarderSource)
+
+
+def test_ranges_of_weights_stay_and_those_of_activations_weigh_the_cube() -> None:
+    student = outcome(steps=2).student
+    assert all(isinstance(w.path.quantizer, MseRange) for w in weight_paths(student).values())
+    assert {q.power for q in activation_quantizers(student).values()} == {3.0}
+
+
 def test_reconstruction_needs_ranges_that_stay() -> None:
     with pytest.raises(BadInput, match="weight"):
-        outcome(rounding=2)
+        outcome(rounding=2, weight_ranges="live")
     assert outcome(rounding=2, weight_ranges="learned").plan["rounding"] == 2
 
 

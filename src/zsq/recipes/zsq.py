@@ -1,8 +1,8 @@
-"""Ours: images recorded while a generator learns, ranges of least error, distillation on crops of them.
+"""Ours: images recorded while a generator learns, ranges of least error, distillation on crops of them, made harder.
 
 A generator never sees the student, so its images are made once and drawn many times; its labels are added to the latent.
-The student learns from the teacher's logits in bfloat16. What did not help is an option: inundation, learned steps,
-reconstruction.
+The student learns from the teacher's logits, in bfloat16, on images moved to where the two differ more. What did not
+help is an option: inundation, learned steps, reconstruction.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from zsq import losses
+from zsq.adam import Adam
 from zsq.fit import calibrate, fit
 from zsq.generators import AddingGenerator
 from zsq.insert import QuantSpec, codes_and_latents, quantize, quantized_weights
@@ -28,27 +29,31 @@ from zsq.run import Run
 from zsq.sources.base import Batch, Source, require_image_labels
 from zsq.sources.crops import CropSource
 from zsq.sources.generator import GeneratorSource
+from zsq.sources.harder import HarderSource
 from zsq.sources.recorded import RecordedSource
 from zsq.teachers import Teacher
 from zsq.view import View
 
-PAPER = "ours, 2026; from arXiv 2003.03603 (generator) and 2203.17008 (KL alone)"
-PARTS = "images recorded from generators | live min/max weights, least-error activations | KL on crops"
+PAPER = "ours, 2026; from arXiv 2003.03603 (generator), 2203.17008 (KL alone) and 2303.13826 (harder images)"
+PARTS = "images recorded from generators | least-error weights and activations | KL on crops made harder"
+# Learning rate of each; for SGD that of ten classes: the mean over classes divides the gradient by their number.
+OPTIMIZERS: dict[str, float] = {"adam": 3e-4, "sgd": 3e-3}
 WEIGHTS: dict[str, Callable[..., Any]] = {"live": LiveMinMax, "mse": MseRange, "learned": LearnedStep}
-ACTIVATIONS: dict[str, Callable[..., Any]] = RANGES | {"learned": LearnedStep}
+# The cube of the error: an activation cut off costs more than one rounded (docs/findings.md).
+ACTIVATIONS: dict[str, Callable[..., Any]] = RANGES | {"mse": partial(MseRange, power=3.0), "learned": LearnedStep}
 
 FIDELITY: dict[str, dict[str, Any]] = {
-    # lr of ten classes: the mean over classes divides the gradient by their number
-    "best": {"lr": 3e-3, "step_lr": 1e-4, "ranges": "mse", "weight_ranges": "live", "class_weight": 0.1, "bn_weight": 1.0}
+    "best": {"optimizer": "adam", "step_lr": 1e-4, "ranges": "mse", "weight_ranges": "mse", "class_weight": 0.1, "bn_weight": 1.0,
+             "epsilon": 0.3}
 }
 SMALL: dict[str, dict[str, Any]] = {  # images up to 64 pixels
-    "quick": {"generators": 1, "count": 8192, "shown": 64, "lead": 25, "warmup": 10, "steps": 400, "batch": 64},
-    "standard": {"generators": 2, "count": 16_384, "shown": 64, "lead": 25, "warmup": 10, "steps": 1500, "batch": 64},
+    "quick": {"generators": 1, "count": 8192, "shown": 64, "lead": 25, "warmup": 10, "steps": 200, "batch": 64},
+    "standard": {"generators": 4, "count": 32_768, "shown": 64, "lead": 25, "warmup": 10, "steps": 600, "batch": 64},
     "paper": {"generators": 8, "count": 131_072, "shown": 200, "lead": 100, "warmup": 20, "steps": 79_200, "batch": 200},
 }
 LARGE: dict[str, dict[str, Any]] = {  # the pool is kept in memory, 300 kB an image at 224 pixels
-    "quick": {"generators": 1, "count": 1024, "shown": 16, "lead": 100, "warmup": 20, "steps": 400, "batch": 16},
-    "standard": {"generators": 2, "count": 2048, "shown": 16, "lead": 200, "warmup": 20, "steps": 2000, "batch": 16},
+    "quick": {"generators": 1, "count": 1024, "shown": 16, "lead": 100, "warmup": 20, "steps": 300, "batch": 16},
+    "standard": {"generators": 2, "count": 2048, "shown": 16, "lead": 200, "warmup": 20, "steps": 1500, "batch": 16},
     "paper": {"generators": 4, "count": 8192, "shown": 16, "lead": 1000, "warmup": 50, "steps": 70_000, "batch": 64},
 }
 
@@ -92,8 +97,9 @@ def zsq(
     budget: str = "quick", fidelity: str = "best", steps: int | None = None, warmup: int | None = None,
     batch: int | None = None, micro_batch: int | None = None, generators: int | None = None,
     count: int | None = None, shown: int | None = None, lead: int | None = None, class_weight: float | None = None,
-    bn_weight: float | None = None, scale: float = 0.5, lr: float | None = None, step_lr: float | None = None,
-    temperature: float = 20.0, kl_reduction: Literal["mean", "batchmean"] = "mean",
+    bn_weight: float | None = None, scale: float = 0.5, epsilon: float | None = None,
+    optimizer: Literal["adam", "sgd"] | None = None, lr: float | None = None, step_lr: float | None = None,
+    temperature: float = 4.0, kl_reduction: Literal["mean", "batchmean"] = "mean",
     ranges: Literal["percentile", "ema", "mse", "learned"] | None = None,
     weight_ranges: Literal["live", "mse", "learned"] | None = None, rounding: int = 0,
     flip_rate: float = 0.0, precision: Literal["bf16", "float32"] | None = None,
@@ -118,7 +124,10 @@ def zsq(
         class_weight: weight of the generator's cross-entropy with the label asked for.
         bn_weight: weight of its BatchNorm-statistics term.
         scale: smallest share of an image that the random crops of the distillation keep; 1 for whole images.
-        lr: learning rate of the student's SGD, falls along half a cosine; 3e-4 times the number of classes if not given.
+        epsilon: most that a pixel is moved uphill on the loss before the student learns from the image (in the teacher's
+            normalised space; an image's share of it is drawn at random); 0 for images as they are.
+        optimizer: of the student: adam, or sgd with Nesterov's momentum 0.9.
+        lr: its learning rate, falls along half a cosine; if not given 3e-4, for sgd times the number of classes.
         step_lr: the same, of learned step sizes and offsets.
         temperature: of the distillation term, which carries its square.
         kl_reduction: mean (over batch and classes) or batchmean.
@@ -141,17 +150,23 @@ def zsq(
     | label input of the generator | multiplied into the latent (GDFQ) | the same | added to it | 100 classes are learned in 50 steps instead of not in 400 | tests/unit/test_generators.py |
     | images | a new batch per student step, made while the student waits (GDFQ, AIT) | the same | recorded once, drawn with replacement, cropped | the generator does not see the student, and its step is more than half of a step of ait | tests/unit/test_recorded.py |
     | generator steps before the first image | 4 epochs of 200 | the same | 25 | early images are other images, not worse ones: docs/findings.md | tests/unit/test_zsq_recipe.py |
-    | activation range | EMA of minimum and maximum | its bias correction applied again at every step | least error of the rounded values | at 3 bits the largest lever found: docs/findings.md | tests/unit/test_zsq_recipe.py |
+    | activation range | EMA of minimum and maximum | its bias correction applied again at every step | least cubed error of the rounded values | at 3 bits the largest lever found: docs/findings.md | tests/unit/test_zsq_recipe.py |
+    | weight range | minimum and maximum, at every call | the same | least error, fixed | a better start, and the grid stays | tests/unit/test_zsq_recipe.py |
+    | harder images | moved by one step of the same small size, learned from beside the images themselves (HAST) | the same | each moved by its own random share of a larger step, only these learned from | docs/findings.md | tests/unit/test_harder.py |
+    | temperature | 20 | 20 | 4 | docs/findings.md | tests/unit/test_zsq_recipe.py |
+    | student's optimizer | SGD (GDFQ, AIT, HAST) | the same | Adam | on harder images it may move weights further: docs/findings.md | tests/unit/test_zsq_recipe.py |
     | flip rate | 1e-3, x 0.1 three times (AIT) | the same | 0: plain steps of a rate that moves codes by itself; option | no gain seen: docs/findings.md | tests/unit/test_zsq_recipe.py |
     | precision | float32 | float32 | bfloat16 convolutions, float32 quantizers and losses | no loss seen in short runs, 1.5 times faster where the processor has it | tests/unit/test_fit.py |
     | learned steps (LSQ+), reconstruction (BRECQ) | each a method of its own | the same | options, off | no gain seen: docs/findings.md | tests/unit/test_zsq_recipe.py |
     """  # fmt: skip
     small = max(teacher.image[1:]) <= 64
     row = choose("--fidelity", fidelity, FIDELITY)
+    kind = optimizer or row["optimizer"]
+    rate = choose("--optimizer", kind, OPTIMIZERS) * (teacher.classes / 10 if kind == "sgd" else 1)
     plan = settle(
-        choose("--budget", budget, SMALL if small else LARGE), row, {"lr": row["lr"] * (teacher.classes / 10)},
+        choose("--budget", budget, SMALL if small else LARGE), row, {"optimizer": kind, "lr": rate},
         steps=steps, warmup=warmup, batch=batch, generators=generators, count=count, shown=shown, lead=lead,
-        class_weight=class_weight, bn_weight=bn_weight, scale=scale, lr=lr, step_lr=step_lr, temperature=temperature,
+        class_weight=class_weight, bn_weight=bn_weight, scale=scale, epsilon=epsilon, lr=lr, step_lr=step_lr, temperature=temperature,
         kl_reduction=kl_reduction, ranges=ranges, weight_ranges=weight_ranges, rounding=rounding, flip_rate=flip_rate,
         precision=precision or teacher.precision,
     )  # fmt: skip
@@ -166,16 +181,22 @@ def zsq(
     if plan.rounding:
         reconstruct(student, teacher, pool, steps=plan.rounding, run=run, micro_batch=micro_batch)
 
-    def student_loss(s: View, t: View, batch: Batch) -> dict[str, Tensor]:
-        return {"kl": teacher.outputs.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction)}
+    def kl(s: View, t: View, *, through_teacher: bool = False) -> Tensor:
+        return teacher.outputs.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction,
+                                  through_teacher=through_teacher)  # fmt: skip
 
-    sgd = SGD(_groups(student, plan.lr, plan.step_lr), momentum=0.9, nesterov=True)
-    decay = CosineAnnealingLR(sgd, max(1, plan.steps))
+    if plan.epsilon:
+        batches = HarderSource(batches, teacher, student, partial(kl, through_teacher=True), epsilon=plan.epsilon,
+                               precision=plan.precision)  # fmt: skip
+
+    groups = _groups(student, plan.lr, plan.step_lr)
+    descent = Adam(groups, plan.lr) if kind == "adam" else SGD(groups, plan.lr, momentum=0.9, nesterov=True)
+    decay = CosineAnnealingLR(descent, max(1, plan.steps))
     flood = None
     if plan.flip_rate:
-        flood = GradientInundation(sgd, quantized_weights(student), flip_rate=plan.flip_rate,
+        flood = GradientInundation(descent, quantized_weights(student), flip_rate=plan.flip_rate,
                                    milestones=milestones_at((0.25, 0.5, 0.75), plan.steps))  # fmt: skip
-    fit(student, teacher, batches, student_loss, sgd, steps=plan.steps, run=run, schedulers=[decay], inundation=flood,
+    fit(student, teacher, batches, lambda s, t, _: {"kl": kl(s, t)}, descent, steps=plan.steps, run=run, schedulers=[decay], inundation=flood,
         micro_batch=micro_batch, precision=plan.precision, history_of=partial(codes_and_latents, student))  # fmt: skip
     return Outcome(student, report, batches, vars(plan))
 
