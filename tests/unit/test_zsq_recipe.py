@@ -128,7 +128,7 @@ def test_with_a_flip_rate_every_layer_moves(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_images_are_made_harder_unless_told_not_to() -> None:
     found = outcome()
-    assert isinstance(found.source, HarderSource) and found.plan["epsilon"] == 0.3 and found.plan["temperature"] == 4.0
+    assert isinstance(found.source, HarderSource) and found.plan["epsilon"] == 0.2 and found.plan["temperature"] == 4.0
     assert not isinstance(outcome(epsilon=0.0).source, HarderSource)
 
 

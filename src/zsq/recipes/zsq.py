@@ -44,7 +44,7 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = RANGES | {"mse": partial(MseRange, 
 
 FIDELITY: dict[str, dict[str, Any]] = {
     "best": {"optimizer": "adam", "step_lr": 1e-4, "ranges": "mse", "weight_ranges": "mse", "class_weight": 0.1, "bn_weight": 1.0,
-             "epsilon": 0.3}
+             "epsilon": 0.2}
 }
 SMALL: dict[str, dict[str, Any]] = {  # images up to 64 pixels
     "quick": {"generators": 1, "count": 8192, "shown": 64, "lead": 25, "warmup": 10, "steps": 200, "batch": 64},
