@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from zsq.errors import BadInput
 from zsq.insert import activation_quantizers, freeze_ranges, observe_ranges
 from zsq.insert.integers import on_integers, require_small
+from zsq.precision import view_at, wide
 from zsq.run import Run
 from zsq.run.stage import Stateful
 from zsq.sources.base import Batch, Source, prepare
-from zsq.view import View, view_at, wide
+from zsq.view import View
 
 if TYPE_CHECKING:
     from zsq.teachers import Teacher

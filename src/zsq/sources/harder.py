@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zsq.precision import view_at
 from zsq.run import Run
 from zsq.sources.base import Batch, Source, distinct_images, prepare
 from zsq.sources.generator import autocast, learning
-from zsq.view import View, frozen, view_at
+from zsq.view import View, frozen
 
 if TYPE_CHECKING:
     from zsq.teachers import Teacher
