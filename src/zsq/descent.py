@@ -11,6 +11,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
+from zsq.quantizer import LearnedStep
+
 
 def bounded_sgd(
     student: nn.Module, *, lr: float, weight_decay: float, decay_all: bool, clip: float, steps: int,
@@ -44,3 +46,16 @@ def bounded_sgd(
     if decay == "cosine":
         return sgd, CosineAnnealingLR(sgd, max(steps, 1))
     return sgd, MultiStepLR(sgd, list(milestones), gamma=0.1)
+
+
+def steps_apart(student: nn.Module, *, lr: float, step_lr: float) -> list[dict[str, Any]]:
+    """Parameters of a student for an optimizer: learned steps and offsets with a rate of their own, and all others.
+
+    Args:
+        student: with quantizers.
+        lr: learning rate of everything but the quantizers.
+        step_lr: learning rate of the parameters of `LearnedStep`.
+    """
+    own = {id(p): p for m in student.modules() if isinstance(m, LearnedStep) for p in m.parameters()}
+    others = [p for p in student.parameters() if id(p) not in own]
+    return [{"params": others, "lr": lr}, {"params": list(own.values()), "lr": step_lr}]

@@ -89,8 +89,8 @@ def from_harder(teacher: Teacher) -> Source:
         student(torch.randn(32, *teacher.image, generator=torch.Generator().manual_seed(4)))
     freeze_ranges(student)
 
-    def gap(s: View, t: View) -> Tensor:
-        return teacher.outputs.kl(s.logits, t.logits, through_teacher=True)
+    def gap(s: Tensor, t: Tensor) -> Tensor:
+        return teacher.outputs.kl(s, t, through_teacher=True)
 
     return HarderSource(from_pool(teacher), teacher, student, gap, epsilon=0.2, precision="float32")
 

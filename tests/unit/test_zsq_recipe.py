@@ -64,26 +64,12 @@ def test_depthwise_and_gates(placement: str, bits: int) -> None:
     assert all(isinstance(q, MseRange) and not q.observing for q in activation_quantizers(student).values())
 
 
-def hundred() -> Teacher:
-    layers = (nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Teacher(settled(nn.Sequential(*layers, nn.Linear(8, 100))), "hundred", "classify", 100, (1, 8, 8))
-
-
 def test_calibration_only_trains_nothing() -> None:
     teacher = tiny_teacher()
     found = outcome(teacher, steps=0)
     assert found.plan["steps"] == found.plan["rounding"] == 0
     own = teacher.net.state_dict()
     assert all(torch.equal(own[f"{w.name}.weight"], w.parameter) for w in quantized_weights(found.student))
-
-
-def test_the_learning_rate_of_sgd_follows_the_number_of_classes() -> None:
-    assert outcome().plan["lr"] == outcome(hundred()).plan["lr"] == pytest.approx(3e-4)
-    assert outcome(optimizer="sgd").plan["lr"] == pytest.approx(3e-3)
-    assert outcome(hundred(), optimizer="sgd").plan["lr"] == pytest.approx(3e-2)
-    assert outcome(lr=0.5).plan["lr"] == 0.5
-    with pytest.raises(BadInput, match="--optimizer"):
-        outcome(optimizer="lbfgs")
 
 
 def test_steps_have_their_own_learning_rate() -> None:

@@ -12,12 +12,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.optim import SGD
+from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from zsq import losses
 from zsq.adam import Adam
+from zsq.descent import steps_apart
 from zsq.fit import calibrate, fit
 from zsq.generators import AddingGenerator
 from zsq.insert import QuantSpec, codes_and_latents, quantize, quantized_weights
@@ -36,14 +36,12 @@ from zsq.view import View
 
 PAPER = "ours, 2026; from arXiv 2003.03603 (generator), 2203.17008 (KL alone) and 2303.13826 (harder images)"
 PARTS = "images recorded from generators | least-error weights and activations | KL on crops made harder"
-# Learning rate of each; for SGD that of ten classes: the mean over classes divides the gradient by their number.
-OPTIMIZERS: dict[str, float] = {"adam": 3e-4, "sgd": 3e-3}
 WEIGHTS: dict[str, Callable[..., Any]] = {"live": LiveMinMax, "mse": MseRange, "learned": LearnedStep}
 # The cube of the error: an activation cut off costs more than one rounded (docs/findings.md).
 ACTIVATIONS: dict[str, Callable[..., Any]] = RANGES | {"mse": partial(MseRange, power=3.0), "learned": LearnedStep}
 
 FIDELITY: dict[str, dict[str, Any]] = {
-    "best": {"optimizer": "adam", "step_lr": 1e-4, "ranges": "mse", "weight_ranges": "mse", "class_weight": 0.1, "bn_weight": 1.0,
+    "best": {"lr": 3e-4, "step_lr": 1e-4, "ranges": "mse", "weight_ranges": "mse", "class_weight": 0.1, "bn_weight": 1.0,
              "epsilon": 0.2}
 }
 SMALL: dict[str, dict[str, Any]] = {  # images up to 64 pixels
@@ -97,8 +95,7 @@ def zsq(
     budget: str = "quick", fidelity: str = "best", steps: int | None = None, warmup: int | None = None,
     batch: int | None = None, micro_batch: int | None = None, generators: int | None = None,
     count: int | None = None, shown: int | None = None, lead: int | None = None, class_weight: float | None = None,
-    bn_weight: float | None = None, scale: float = 0.5, epsilon: float | None = None,
-    optimizer: Literal["adam", "sgd"] | None = None, lr: float | None = None, step_lr: float | None = None,
+    bn_weight: float | None = None, scale: float = 0.5, epsilon: float | None = None, lr: float | None = None, step_lr: float | None = None,
     temperature: float = 4.0, kl_reduction: Literal["mean", "batchmean"] = "mean",
     ranges: Literal["percentile", "ema", "mse", "learned"] | None = None,
     weight_ranges: Literal["live", "mse", "learned"] | None = None, rounding: int = 0,
@@ -126,8 +123,7 @@ def zsq(
         scale: smallest share of an image that the random crops of the distillation keep; 1 for whole images.
         epsilon: most that a pixel is moved uphill on the loss before the student learns from the image (in the teacher's
             normalised space; an image's share of it is drawn at random); 0 for images as they are.
-        optimizer: of the student: adam, or sgd with Nesterov's momentum 0.9.
-        lr: its learning rate, falls along half a cosine; if not given 3e-4, for sgd times the number of classes.
+        lr: learning rate of the student's Adam, falls along half a cosine.
         step_lr: the same, of learned step sizes and offsets.
         temperature: of the distillation term, which carries its square.
         kl_reduction: mean (over batch and classes) or batchmean.
@@ -160,11 +156,8 @@ def zsq(
     | learned steps (LSQ+), reconstruction (BRECQ) | each a method of its own | the same | options, off | no gain seen: docs/findings.md | tests/unit/test_zsq_recipe.py |
     """  # fmt: skip
     small = max(teacher.image[1:]) <= 64
-    row = choose("--fidelity", fidelity, FIDELITY)
-    kind = optimizer or row["optimizer"]
-    rate = choose("--optimizer", kind, OPTIMIZERS) * (teacher.classes / 10 if kind == "sgd" else 1)
     plan = settle(
-        choose("--budget", budget, SMALL if small else LARGE), row, {"optimizer": kind, "lr": rate},
+        choose("--budget", budget, SMALL if small else LARGE), choose("--fidelity", fidelity, FIDELITY),
         steps=steps, warmup=warmup, batch=batch, generators=generators, count=count, shown=shown, lead=lead,
         class_weight=class_weight, bn_weight=bn_weight, scale=scale, epsilon=epsilon, lr=lr, step_lr=step_lr, temperature=temperature,
         kl_reduction=kl_reduction, ranges=ranges, weight_ranges=weight_ranges, rounding=rounding, flip_rate=flip_rate,
@@ -181,29 +174,18 @@ def zsq(
     if plan.rounding:
         reconstruct(student, teacher, pool, steps=plan.rounding, run=run, micro_batch=micro_batch)
 
-    def kl(s: View, t: View, *, through_teacher: bool = False) -> Tensor:
-        return teacher.outputs.kl(s.logits, t.logits, temperature=temperature, reduction=kl_reduction,
-                                  through_teacher=through_teacher)  # fmt: skip
-
+    kl = partial(teacher.outputs.kl, temperature=temperature, reduction=kl_reduction)
     if plan.epsilon:
-        batches = HarderSource(batches, teacher, student, partial(kl, through_teacher=True), epsilon=plan.epsilon,
-                               precision=plan.precision)  # fmt: skip
-
-    groups = _groups(student, plan.lr, plan.step_lr)
-    descent = Adam(groups, plan.lr) if kind == "adam" else SGD(groups, plan.lr, momentum=0.9, nesterov=True)
-    decay = CosineAnnealingLR(descent, max(1, plan.steps))
+        gap = partial(kl, through_teacher=True)
+        batches = HarderSource(batches, teacher, student, gap, epsilon=plan.epsilon, precision=plan.precision)
+    adam = Adam(steps_apart(student, lr=plan.lr, step_lr=plan.step_lr))
+    decay = CosineAnnealingLR(adam, max(1, plan.steps))
     flood = None
     if plan.flip_rate:
-        flood = GradientInundation(descent, quantized_weights(student), flip_rate=plan.flip_rate,
+        flood = GradientInundation(adam, quantized_weights(student), flip_rate=plan.flip_rate,
                                    milestones=milestones_at((0.25, 0.5, 0.75), plan.steps))  # fmt: skip
-    fit(student, teacher, batches, lambda s, t, _: {"kl": kl(s, t)}, descent, steps=plan.steps, run=run, schedulers=[decay], inundation=flood,
-        micro_batch=micro_batch, precision=plan.precision, history_of=partial(codes_and_latents, student))  # fmt: skip
+    fit(student, teacher, batches, lambda s, t, _: {"kl": kl(s.logits, t.logits)}, adam, steps=plan.steps, run=run,
+        schedulers=[decay], inundation=flood, micro_batch=micro_batch, precision=plan.precision,
+        history_of=partial(codes_and_latents, student))  # fmt: skip
     return Outcome(student, report, batches, vars(plan))
 
-
-def _groups(student: nn.Module, lr: float, step_lr: float) -> list[dict[str, Any]]:
-    """Parameters of the quantizers, and all others, each with its learning rate."""
-    quantizers = [m for m in student.modules() if isinstance(m, LearnedStep)]
-    own = {id(p): p for m in quantizers for p in m.parameters()}
-    others = [p for p in student.parameters() if id(p) not in own]
-    return [{"params": others, "lr": lr}, {"params": list(own.values()), "lr": step_lr}]

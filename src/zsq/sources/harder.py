@@ -12,12 +12,12 @@ from zsq.precision import view_at
 from zsq.run import Run
 from zsq.sources.base import Batch, Source, distinct_images, prepare
 from zsq.sources.generator import autocast, learning
-from zsq.view import View, frozen
+from zsq.view import frozen
 
 if TYPE_CHECKING:
     from zsq.teachers import Teacher
 
-Gap = Callable[[View, View], Tensor]
+Gap = Callable[[Tensor, Tensor], Tensor]
 
 
 class HarderSource:
@@ -32,7 +32,7 @@ class HarderSource:
         source: whose images.
         teacher: the float network.
         student: the network that learns; as it is at the time of the draw.
-        gap: student's and teacher's view to a scalar; larger is harder.
+        gap: raw outputs of student and teacher to a scalar; larger is harder.
         epsilon: largest change of a pixel, in the teacher's normalised space.
         precision: of both networks' convolutions, float32 or bf16.
 
@@ -69,7 +69,7 @@ class HarderSource:
         with learning(), autocast(batch.images.device, "float32"), frozen(self._teacher.net), frozen(self._student):
             x = batch.images.detach().clone().requires_grad_()
             teacher, student = (view_at(net, x, (), self._precision) for net in (self._teacher.net, self._student))
-            (uphill,) = torch.autograd.grad(self._gap(student, teacher), x)
+            (uphill,) = torch.autograd.grad(self._gap(student.logits, teacher.logits), x)
         return Batch(torch.addcmul(x.detach(), length.to(x.device, x.dtype), uphill.sign()), batch.labels)
 
     def sample(self, count: int, rng: torch.Generator) -> Batch:
