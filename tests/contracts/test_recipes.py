@@ -126,7 +126,7 @@ def test_a_run_to_its_last_line(name: str, tmp_path: Path) -> None:
     assert (summary["quantized_weights"], summary["activation_sites"]) == (3, 2)
     assert summary["float_sites"] == len(json.loads((path / "student.json").read_text())["floats"]) > 0
     assert all(0 <= summary[key] <= 1 for key in ("agreement", "crop_agreement", "probe_agreement"))
-    made = MADE.get(name, [])
+    made = MADE.get(name, []) + ["correct"] * (name == "zaq")
     stages = [line["stage"] for line in lines(path) if line["stage"] != "calibrate"]
     assert stages == made + ["fit"] * steps
     saved = load_tree(path / "student.safetensors")

@@ -40,7 +40,7 @@ RELEASED = {"loss": "l1", "ranges": "widening", "symmetric": "off", "frozen": "o
             "stage_weights": "uniform", "alpha": 1.0, "beta": 0.1, "damping": "off", "turns": 5, "early": "off", "replay": 0.0, "restart": "off",
             "width": 64, "generator_lr": 1e-3, "betas": [0.9, 0.999], "bns_weight": 0.0, "correction": "off"}  # fmt: skip
 FIDELITY: dict[str, dict[str, Any]] = {
-    "best": {"loss": "l1", "ranges": None, "symmetric": "off", "frozen": "on", "lr": None, "decay": "cosine", "clip": 1.0, "features": "crm",
+    "best": {"loss": "l1", "ranges": None, "symmetric": "off", "frozen": "on", "lr": 1e-3, "decay": "cosine", "clip": 1.0, "features": "crm",
              "stage_weights": "adaptive", "alpha": 1.0, "beta": 0.05, "damping": "on", "turns": 5, "early": None, "replay": 0.5,
              "restart": "on", "width": 32, "generator_lr": 1e-3, "betas": [0.5, 0.999], "bns_weight": None, "correction": None},
     "paper": {**RELEASED, "symmetric": "on", "features": "crm", "stage_weights": "adaptive", "alpha": 0.1, "beta": 0.05},
