@@ -1,7 +1,8 @@
 """ZAQ: a generator looks for images on which teacher and student differ, the student learns from them (Liu et al., CVPR 2021).
 
 "Zero-shot Adversarial Quantization" (arXiv 2103.15263). The difference is that of the outputs plus that of the channels'
-relations at the end of every stage. No labels and no BatchNorm statistics: any network, any task with raw outputs.
+relations at the end of every stage. It needs neither labels nor BatchNorm statistics: any network, any task with raw
+outputs. Where there are statistics, small images stay near to them.
 """
 
 from __future__ import annotations
