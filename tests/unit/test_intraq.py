@@ -59,6 +59,8 @@ def test_published_numbers() -> None:
     assert (plan["lr"], plan["image_lr"], plan["ranges"], plan["ranges_from"]) == (1e-4, 0.5, "official", "generator")
     assert plan["decay_at"] == [16 / 147, 36 / 147, 56 / 147]
     assert short_run(size=68, fidelity="official", steps=0, batch=2).plan["lr"] == pytest.approx(1e-6)
+    assert short_run(steps=0).plan["lr"] == pytest.approx(1e-5)
+    assert short_run(size=68, steps=0, batch=2).plan["lr"] == pytest.approx(1e-6)
 
 
 def test_images_without_labels_are_refused() -> None:
