@@ -242,7 +242,7 @@ def noise_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
     small = max(image[1:]) <= 64
     table = {
         "quick": {"count": 512, "iterations": 150, "warmup": 50, "steps": 200, "batch": 64 if small else 16},
-        "standard": {"count": 1024, "iterations": 150, "warmup": 50, "steps": 600, "batch": 64 if small else 16},
+        "standard": {"count": 1024, "iterations": 150, "warmup": 50, "steps": 200, "batch": 64 if small else 16},
         "paper": {"count": 5120, "iterations": 1000, "warmup": 800, "steps": 29_400, "batch": 256 if small else 16},
     }
     return {"group": 256 if name == "paper" else 288, **choose("--budget", name, table)}

@@ -118,6 +118,14 @@ def test_images_are_made_harder_unless_told_not_to() -> None:
     assert not isinstance(outcome(epsilon=0.0).source, HarderSource)
 
 
+def test_the_temperature_follows_the_number_of_classes() -> None:
+    layers = (nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    hundred = Teacher(settled(nn.Sequential(*layers, nn.Linear(8, 100))), "hundred", "classify", 100, (1, 8, 8))
+    assert outcome(hundred, steps=0).plan["temperature"] == 20.0
+    assert outcome(steps=0).plan["temperature"] == 4.0
+    assert outcome(hundred, steps=0, temperature=2.0).plan["temperature"] == 2.0
+
+
 def test_ranges_of_weights_stay_and_those_of_activations_weigh_the_cube() -> None:
     student = outcome(steps=2).student
     assert all(isinstance(w.path.quantizer, MseRange) for w in weight_paths(student).values())

@@ -96,7 +96,7 @@ def zsq(
     batch: int | None = None, micro_batch: int | None = None, generators: int | None = None,
     count: int | None = None, shown: int | None = None, lead: int | None = None, class_weight: float | None = None,
     bn_weight: float | None = None, scale: float = 0.5, epsilon: float | None = None, lr: float | None = None, step_lr: float | None = None,
-    temperature: float = 4.0, kl_reduction: Literal["mean", "batchmean"] = "mean",
+    temperature: float | None = None, kl_reduction: Literal["mean", "batchmean"] = "mean",
     ranges: Literal["percentile", "ema", "mse", "learned"] | None = None,
     weight_ranges: Literal["live", "mse", "learned"] | None = None, rounding: int = 0,
     flip_rate: float = 0.0, precision: Literal["bf16", "float32"] | None = None,
@@ -125,7 +125,7 @@ def zsq(
             normalised space; an image's share of it is drawn at random); 0 for images as they are.
         lr: learning rate of the student's Adam, falls along half a cosine.
         step_lr: the same, of learned step sizes and offsets.
-        temperature: of the distillation term, which carries its square.
+        temperature: of the distillation term, which carries its square; 4 up to 30 classes, 20 above, if not given.
         kl_reduction: mean (over batch and classes) or batchmean.
         ranges: rule of the activation ranges: percentile, ema (of minimum and maximum), mse or learned.
         weight_ranges: rule of the weights' ranges: live (minimum and maximum, at every call), mse (fixed) or learned.
@@ -149,7 +149,7 @@ def zsq(
     | activation range | EMA of minimum and maximum | its bias correction applied again at every step | least cubed error of the rounded values | at 3 bits the largest lever found: docs/findings.md | tests/unit/test_zsq_recipe.py |
     | weight range | minimum and maximum, at every call | the same | least error, fixed | a better start, and the grid stays | tests/unit/test_zsq_recipe.py |
     | harder images | moved by one step of the same small size, learned from beside the images themselves (HAST) | the same | each moved by its own random share of a larger step, only these learned from | docs/findings.md | tests/unit/test_harder.py |
-    | temperature | 20 | 20 | 4 | docs/findings.md | tests/unit/test_zsq_recipe.py |
+    | temperature | 20 | 20 | 4 up to 30 classes, 20 above | docs/findings.md | tests/unit/test_zsq_recipe.py |
     | student's optimizer | SGD (GDFQ, AIT, HAST) | the same | Adam | on harder images it may move weights further: docs/findings.md | tests/unit/test_zsq_recipe.py |
     | flip rate | 1e-3, x 0.1 three times (AIT) | the same | 0: plain steps of a rate that moves codes by itself; option | no gain seen: docs/findings.md | tests/unit/test_zsq_recipe.py |
     | precision | float32 | float32 | bfloat16 convolutions, float32 quantizers and losses | no loss seen in short runs, 1.5 times faster where the processor has it | tests/unit/test_fit.py |
@@ -158,6 +158,7 @@ def zsq(
     small = max(teacher.image[1:]) <= 64
     plan = settle(
         choose("--budget", budget, SMALL if small else LARGE), choose("--fidelity", fidelity, FIDELITY),
+        {"temperature": 4.0 if teacher.classes <= 30 else 20.0},
         steps=steps, warmup=warmup, batch=batch, generators=generators, count=count, shown=shown, lead=lead,
         class_weight=class_weight, bn_weight=bn_weight, scale=scale, epsilon=epsilon, lr=lr, step_lr=step_lr, temperature=temperature,
         kl_reduction=kl_reduction, ranges=ranges, weight_ranges=weight_ranges, rounding=rounding, flip_rate=flip_rate,
@@ -174,7 +175,7 @@ def zsq(
     if plan.rounding:
         reconstruct(student, teacher, pool, steps=plan.rounding, run=run, micro_batch=micro_batch)
 
-    kl = partial(teacher.outputs.kl, temperature=temperature, reduction=kl_reduction)
+    kl = partial(teacher.outputs.kl, temperature=plan.temperature, reduction=kl_reduction)
     if plan.epsilon:
         gap = partial(kl, through_teacher=True)
         batches = HarderSource(batches, teacher, student, gap, epsilon=plan.epsilon, precision=plan.precision)
