@@ -1,4 +1,4 @@
-"""Ours: images recorded while a generator learns, made harder; ranges of least error, distillation on crops.
+"""Ours: a generator's images recorded once and made harder, least-error ranges, distillation on crops.
 
 A generator never sees the student, so its images are made once and drawn many times; its labels are added to the latent.
 The student learns from the teacher's logits, in bfloat16, on images moved to where the two differ more. What did not
