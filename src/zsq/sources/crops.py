@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsq.run import Run
-from zsq.sources.base import Batch, Source, distinct_images, prepare
+from zsq.sources.around import Around
+from zsq.sources.base import Batch, Source
 
 
 def crop_boxes(
@@ -76,7 +75,7 @@ def reinforce(images: Tensor, rng: torch.Generator, *, scale: tuple[float, float
     return crop(images, crop_boxes(len(images), rng, scale=scale))
 
 
-class CropSource:
+class CropSource(Around):
     """Another source's images, each drawn one cropped and flipped at random.
 
     Args:
@@ -85,41 +84,11 @@ class CropSource:
     """
 
     def __init__(self, source: Source, *, scale: tuple[float, float]) -> None:
-        self._source, self._scale = source, scale
-        self.name, self.metrics = source.name, source.metrics
+        super().__init__(source)
+        self._scale = scale
 
-    @property
-    def batch(self) -> int:
-        """Images per draw."""
-        return self._source.batch
-
-    @batch.setter
-    def batch(self, count: int) -> None:
-        """Images per draw."""
-        self._source.batch = count
-
-    def prepare(self, run: Run) -> None:
-        """Let the source prepare."""
-        prepare(self._source, run)
-
-    def draw(self, rng: torch.Generator) -> Batch:
-        """A batch of the source, cropped."""
-        batch = self._source.draw(rng)
-        self.metrics = self._source.metrics
+    def changed(self, batch: Batch, rng: torch.Generator) -> Batch:
+        """The batch, cropped."""
         with torch.autocast(batch.images.device.type, enabled=False):
             images = crop(batch.images, crop_boxes(len(batch.images), rng, scale=self._scale))
         return Batch(images, batch.labels)
-
-    def sample(self, count: int, rng: torch.Generator) -> Batch:
-        """Whole images of the source."""
-        return self._source.sample(count, rng)
-
-    def pick(self, count: int, rng: torch.Generator) -> Batch:
-        """Whole images of the source, each at most once."""
-        return Batch(distinct_images(self._source, count, rng))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._source.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._source.load_state_dict(state)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from zsq.precision import view_at
-from zsq.run import Run
-from zsq.sources.base import Batch, Source, distinct_images, prepare
+from zsq.sources.around import Around
+from zsq.sources.base import Batch, Source
 from zsq.sources.generator import autocast, learning
 from zsq.view import frozen
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Gap = Callable[[Tensor, Tensor], Tensor]
 
 
-class HarderSource:
+class HarderSource(Around):
     """Every image drawn is moved by one signed gradient step uphill on the gap between student and teacher.
 
     HAST moves all images by the same small step and learns from them beside the images themselves. Here an image's step
@@ -35,53 +35,30 @@ class HarderSource:
         gap: raw outputs of student and teacher to a scalar; larger is harder.
         epsilon: largest change of a pixel, in the teacher's normalised space.
         precision: of both networks' convolutions, float32 or bf16.
+        micro_batch: pass at most this many images at a time through the networks; they move the same way.
 
     Source: sample-difficulty promotion of HAST (arXiv 2303.13826), section 3.3, in the sense of its released program:
     uphill on the loss.
     """
 
     def __init__(
-        self, source: Source, teacher: Teacher, student: nn.Module, gap: Gap, *, epsilon: float, precision: str
-    ) -> None:
-        self._source, self._teacher, self._student, self._gap = source, teacher, student, gap
-        self._epsilon, self._precision = epsilon, precision
-        self.name, self.metrics = source.name, source.metrics
+        self, source: Source, teacher: Teacher, student: nn.Module, gap: Gap, *, epsilon: float, precision: str,
+        micro_batch: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(source)
+        self._teacher, self._student, self._gap = teacher, student, gap
+        self._epsilon, self._precision, self._micro_batch = epsilon, precision, micro_batch
 
-    @property
-    def batch(self) -> int:
-        """Images per draw."""
-        return self._source.batch
+    def changed(self, batch: Batch, rng: torch.Generator) -> Batch:
+        """The batch, moved."""
+        images = batch.images.detach()
+        length = self._epsilon * torch.rand(len(images), 1, 1, 1, generator=rng)
+        with learning(), autocast(images.device, "float32"), frozen(self._teacher.net), frozen(self._student):
+            way = torch.cat([self._uphill(part) for part in images.split(self._micro_batch or len(images))])
+        return Batch(torch.addcmul(images, length.to(images.device, images.dtype), way), batch.labels)
 
-    @batch.setter
-    def batch(self, count: int) -> None:
-        """Images per draw."""
-        self._source.batch = count
-
-    def prepare(self, run: Run) -> None:
-        """Let the source prepare."""
-        prepare(self._source, run)
-
-    def draw(self, rng: torch.Generator) -> Batch:
-        """A batch of the source, moved."""
-        batch = self._source.draw(rng)
-        self.metrics = self._source.metrics
-        length = self._epsilon * torch.rand(len(batch.images), 1, 1, 1, generator=rng)
-        with learning(), autocast(batch.images.device, "float32"), frozen(self._teacher.net), frozen(self._student):
-            x = batch.images.detach().clone().requires_grad_()
-            teacher, student = (view_at(net, x, (), self._precision) for net in (self._teacher.net, self._student))
-            (uphill,) = torch.autograd.grad(self._gap(student.logits, teacher.logits), x)
-        return Batch(torch.addcmul(x.detach(), length.to(x.device, x.dtype), uphill.sign()), batch.labels)
-
-    def sample(self, count: int, rng: torch.Generator) -> Batch:
-        """Images of the source as they are."""
-        return self._source.sample(count, rng)
-
-    def pick(self, count: int, rng: torch.Generator) -> Batch:
-        """Images of the source as they are, each at most once."""
-        return Batch(distinct_images(self._source, count, rng))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._source.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._source.load_state_dict(state)
+    def _uphill(self, images: Tensor) -> Tensor:
+        """Sign of the gap's gradient; of each image by itself, since neither network looks across a batch."""
+        x = images.clone().requires_grad_()
+        teacher, student = (view_at(net, x, (), self._precision) for net in (self._teacher.net, self._student))
+        return torch.autograd.grad(self._gap(student.logits, teacher.logits), x)[0].sign()
