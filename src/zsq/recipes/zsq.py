@@ -113,7 +113,8 @@ def zsq(
         steps: updates of the student, 0 for calibration only; the budget's if not given.
         warmup: batches the ranges are taken from; the budget's if not given.
         batch: images per update; the budget's if not given.
-        micro_batch: split the batch into parts of at most this size, same gradient, less memory.
+        micro_batch: split the student's batch into parts of at most this size, same gradient, less memory; images are made
+            harder as a whole batch all the same (`--epsilon 0` avoids that).
         generators: how many learn, one after the other; the budget's if not given.
         count: images to record; the budget's if not given.
         shown: images a generator makes per step; the budget's if not given.
@@ -178,8 +179,7 @@ def zsq(
     kl = partial(teacher.outputs.kl, temperature=plan.temperature, reduction=kl_reduction)
     if plan.epsilon:
         gap = partial(kl, through_teacher=True)
-        batches = HarderSource(batches, teacher, student, gap, epsilon=plan.epsilon, precision=plan.precision,
-                               micro_batch=micro_batch)  # fmt: skip
+        batches = HarderSource(batches, teacher, student, gap, epsilon=plan.epsilon, precision=plan.precision)
     adam = Adam(steps_apart(student, lr=plan.lr, step_lr=plan.step_lr))
     decay = CosineAnnealingLR(adam, max(1, plan.steps))
     flood = None

@@ -35,30 +35,23 @@ class HarderSource(Around):
         gap: raw outputs of student and teacher to a scalar; larger is harder.
         epsilon: largest change of a pixel, in the teacher's normalised space.
         precision: of both networks' convolutions, float32 or bf16.
-        micro_batch: pass at most this many images at a time through the networks; they move the same way.
 
     Source: sample-difficulty promotion of HAST (arXiv 2303.13826), section 3.3, in the sense of its released program:
     uphill on the loss.
     """
 
     def __init__(
-        self, source: Source, teacher: Teacher, student: nn.Module, gap: Gap, *, epsilon: float, precision: str,
-        micro_batch: int | None = None,
-    ) -> None:  # fmt: skip
+        self, source: Source, teacher: Teacher, student: nn.Module, gap: Gap, *, epsilon: float, precision: str
+    ) -> None:
         super().__init__(source)
         self._teacher, self._student, self._gap = teacher, student, gap
-        self._epsilon, self._precision, self._micro_batch = epsilon, precision, micro_batch
+        self._epsilon, self._precision = epsilon, precision
 
     def changed(self, batch: Batch, rng: torch.Generator) -> Batch:
-        """The batch, moved."""
-        images = batch.images.detach()
-        length = self._epsilon * torch.rand(len(images), 1, 1, 1, generator=rng)
-        with learning(), autocast(images.device, "float32"), frozen(self._teacher.net), frozen(self._student):
-            way = torch.cat([self._uphill(part) for part in images.split(self._micro_batch or len(images))])
-        return Batch(torch.addcmul(images, length.to(images.device, images.dtype), way), batch.labels)
-
-    def _uphill(self, images: Tensor) -> Tensor:
-        """Sign of the gap's gradient; of each image by itself, since neither network looks across a batch."""
-        x = images.clone().requires_grad_()
-        teacher, student = (view_at(net, x, (), self._precision) for net in (self._teacher.net, self._student))
-        return torch.autograd.grad(self._gap(student.logits, teacher.logits), x)[0].sign()
+        """The batch, moved: as a whole, because in bfloat16 the signs of small gradients depend on its size."""
+        length = self._epsilon * torch.rand(len(batch.images), 1, 1, 1, generator=rng)
+        with learning(), autocast(batch.images.device, "float32"), frozen(self._teacher.net), frozen(self._student):
+            x = batch.images.detach().clone().requires_grad_()
+            teacher, student = (view_at(net, x, (), self._precision) for net in (self._teacher.net, self._student))
+            (uphill,) = torch.autograd.grad(self._gap(student.logits, teacher.logits), x)
+        return Batch(torch.addcmul(x.detach(), length.to(x.device, x.dtype), uphill.sign()), batch.labels)
