@@ -8,22 +8,24 @@ from typing import Any, Literal
 
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
+from zsq.adam import Adam
 from zsq.quantizer import LearnedStep
 
 
-def bounded_sgd(
-    student: nn.Module, *, lr: float, weight_decay: float, decay_all: bool, clip: float, steps: int,
-    decay: Literal["cosine", "steps"], milestones: Sequence[int],
-) -> tuple[SGD, LRScheduler]:  # fmt: skip
-    """SGD with momentum 0.9 and its schedule.
+def bounded_descent(
+    student: nn.Module, *, optimizer: Literal["sgd", "adam"], lr: float, weight_decay: float, decay_all: bool,
+    clip: float, steps: int, decay: Literal["cosine", "steps"], milestones: Sequence[int],
+) -> tuple[Optimizer, LRScheduler]:  # fmt: skip
+    """An optimizer whose gradient's norm is bounded, and its schedule.
 
     Args:
         student: gives the parameters.
+        optimizer: ``"sgd"``, with momentum 0.9, or ``"adam"``.
         lr: learning rate at the start.
-        weight_decay: of weights.
+        weight_decay: of weights; SGD only.
         decay_all: of BatchNorm and bias too.
         clip: largest norm of the gradient over all parameters; 0 for none. Nothing is read back to the host.
         steps: updates of the run.
@@ -37,15 +39,19 @@ def bounded_sgd(
     weights = [p for p in student.parameters() if p.dim() > 1]
     groups = [{"params": weights, "weight_decay": weight_decay},
               {"params": flat, "weight_decay": weight_decay if decay_all else 0.0}]  # fmt: skip
-    sgd = SGD([group for group in groups if group["params"]], lr, momentum=0.9, nesterov=decay == "cosine")
+    chosen: Optimizer
+    if optimizer == "adam":
+        chosen = Adam([*weights, *flat], lr)
+    else:
+        chosen = SGD([group for group in groups if group["params"]], lr, momentum=0.9, nesterov=decay == "cosine")
 
     def bound(*_: Any) -> None:
         clip_grad_norm_(student.parameters(), clip or math.inf)
 
-    sgd.register_step_pre_hook(bound)
+    chosen.register_step_pre_hook(bound)
     if decay == "cosine":
-        return sgd, CosineAnnealingLR(sgd, max(steps, 1))
-    return sgd, MultiStepLR(sgd, list(milestones), gamma=0.1)
+        return chosen, CosineAnnealingLR(chosen, max(steps, 1))
+    return chosen, MultiStepLR(chosen, list(milestones), gamma=0.1)
 
 
 def steps_apart(student: nn.Module, *, lr: float, step_lr: float) -> list[dict[str, Any]]:

@@ -196,24 +196,3 @@ def excitation(z: Tensor) -> Tensor:
     Source: ZAQ (arXiv 2103.15263), activation regularisation, as in the released code.
     """
     return -_wide(z).abs().mean()
-
-
-def stage_excitation(stages: Iterable[Tensor]) -> Tensor:
-    """Minus the sum over stages of the logarithm of their mean magnitude: every stage counts, whatever its units.
-
-    Minimised by images that wake all of a network's channels, as real ones do and as random ones do not; ranges taken
-    from such images are wide enough.
-
-    Args:
-        stages: features, each [b, c, ...].
-
-    Returns:
-        0-dim tensor.
-
-    Source: ours; ZAQ's activation regularisation for all stages.
-
-    Example:
-        >>> float(stage_excitation([torch.ones(1, 1, 2), torch.ones(1, 1, 2)]))
-        -0.0
-    """
-    return -torch.stack([(-excitation(z)).clamp_min(_EPS) for z in stages]).log().sum()

@@ -9,8 +9,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from zsq.errors import BadInput
 from zsq.quantizer import MseRange, Percentile, RunningMinMax, WideningMinMax
 
@@ -27,6 +25,7 @@ RANGES: dict[str, Callable[..., Any]] = {
     "percentile": partial(Percentile, share=0.999),
     "ema": RunningMinMax,
     "mse": MseRange,
+    "cubed": partial(MseRange, power=3.0),
     "official": partial(RunningMinMax, correction="official"),
     "widening": WideningMinMax,
 }
@@ -182,40 +181,33 @@ def adversary_budget(name: str, image: tuple[int, int, int]) -> dict[str, Any]:
     """
     small = max(image[1:]) <= 64
     table = {
-        "quick": {"warmup": 40, "steps": 100, "batch": 64} if small else {"warmup": 24, "steps": 60, "batch": 8},
-        "standard": {"warmup": 60, "steps": 400, "batch": 64 if small else 8},
+        "quick": {"warmup": 8, "steps": 100, "batch": 64} if small else {"warmup": 6, "steps": 200, "batch": 16},
+        "standard": {"warmup": 8, "steps": 400, "batch": 64} if small else {"warmup": 6, "steps": 800, "batch": 16},
         "paper": {"warmup": 50, "steps": 90_000, "batch": 256 if small else 64},
     }
     return dict(choose("--budget", name, table))
 
 
-def adversary_by_subject(image: tuple[int, int, int], bits: tuple[int, int], net: nn.Module) -> dict[str, Any]:
+def adversary_by_subject(image: tuple[int, int, int], bits: tuple[int, int]) -> dict[str, Any]:
     """ZAQ's corrected values that depend on the subject.
 
     Ranges are wide from 6 bits on, where too narrow costs more than too wide. A step of the student is measured in
-    steps of its grid: half the rate for each bit of the weights above 4. Up to 64 pixels the generator stays near to
-    the BatchNorms' statistics; above, it is narrow and the student's steps are small. Means are corrected where the
-    images come near enough to real ones, which those that excite a network and those above 64 pixels do not
-    (docs/findings.md).
+    steps of its grid: half the rate for each bit of the weights above 4. Large images take memory: there are fewer, and
+    a narrow generator makes them (docs/findings.md).
 
     Args:
         image: (c, h, w) of the generated images.
         bits: of weights and activations.
-        net: the float network; BatchNorms with statistics count.
 
     Example:
-        >>> from torch.nn import BatchNorm2d
-        >>> adversary_by_subject((3, 32, 32), (4, 4), BatchNorm2d(3))
-        {'early': 'gap', 'ranges': 'percentile', 'correction': 'on', 'bns_weight': 1.0, 'lr': 0.001}
+        >>> adversary_by_subject((3, 32, 32), (4, 4))
+        {'ranges': 'cubed', 'leaves': 1024, 'lr': 0.0001}
     """
     large, many = max(image[1:]) > 64, bits[1] >= 6
-    norms = any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in net.modules())
     chosen = {
-        "early": "excite" if many else "off" if large else "gap",
-        "ranges": "widening" if many else "mse" if large else "percentile",
-        "correction": "off" if many or large else "on",
-        "bns_weight": 1.0 if norms and not large else 0.0,
-        "lr": (3e-5 if large else 1e-3) * min(1.0, 2.0 ** (4 - bits[0])),
+        "ranges": "widening" if many else "mse" if large else "cubed",
+        "leaves": 384 if large else 1024,
+        "lr": (3e-5 if large else 1e-4) * min(1.0, 2.0 ** (4 - bits[0])),
     }
     return chosen | ({"width": 16} if large else {})
 

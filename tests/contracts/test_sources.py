@@ -21,6 +21,8 @@ from zsq.sources.base import Batch, Source
 from zsq.sources.crops import CropSource
 from zsq.sources.generator import GeneratorSource, Latents
 from zsq.sources.harder import HarderSource
+from zsq.sources.leaves import LeavesSource
+from zsq.sources.mixed import MixedSource
 from zsq.sources.noise_pool import NoiseSource
 from zsq.sources.pool import PoolSource
 from zsq.sources.recorded import RecordedSource
@@ -82,6 +84,13 @@ def from_adversary(teacher: Teacher, *, calibrated: bool = True, **options: Any)
     return of_recipe("zaq", teacher, student=student, width=4, turns=2, **options)
 
 
+def from_leaves(teacher: Teacher) -> LeavesSource:
+    source = LeavesSource(teacher, batch=BATCH, count=64)
+    with Run(None, progress=False) as run:
+        source.prepare(run)
+    return source
+
+
 def from_harder(teacher: Teacher) -> Source:
     student, _ = quantize(teacher.net, QuantSpec())
     student.eval()
@@ -111,6 +120,8 @@ FACTORIES: dict[str, Callable[[Teacher], Source]] = {
     "pool-cropped": lambda teacher: CropSource(from_pool(teacher), scale=(0.5, 1.0)),
     "pool-harder": from_harder,
     "noise": from_noise,
+    "leaves": from_leaves,
+    "mixed": lambda teacher: MixedSource(from_leaves(teacher), from_adversary(teacher), share=0.5, batch=BATCH),
     "recorded": from_recording,
 }
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from zsq.errors import BadInput
 from zsq.presets import adversary_by_subject, choose, feed, generator_budget, settle, student_milestones
@@ -71,17 +70,11 @@ def test_feed() -> None:
 
 @pytest.mark.parametrize("image", [SMALL, LARGE])
 def test_an_update_is_measured_in_steps_of_the_grid(image: tuple[int, int, int]) -> None:
-    rates = {bits: adversary_by_subject(image, (bits, 4), nn.Identity())["lr"] for bits in (3, 4, 8)}
+    rates = {bits: adversary_by_subject(image, (bits, 4))["lr"] for bits in (3, 4, 8)}
     assert rates[3] == rates[4] == 16 * rates[8]
 
 
 def test_ranges_of_few_bits_are_narrow() -> None:
     kinds = [(image, (4, bits)) for image in (SMALL, LARGE) for bits in (4, 8)]
-    found = [adversary_by_subject(*kind, nn.Identity())["ranges"] for kind in kinds]
-    assert found == ["percentile", "widening", "mse", "widening"]
-
-
-def test_means_are_corrected_where_images_come_near_to_real_ones() -> None:
-    found = {(max(image), bits): adversary_by_subject(image, (4, bits), nn.Identity())["correction"]
-             for image in (SMALL, LARGE) for bits in (4, 8)}  # fmt: skip
-    assert [key for key, value in found.items() if value == "on"] == [(32, 4)]
+    found = [adversary_by_subject(*kind)["ranges"] for kind in kinds]
+    assert found == ["cubed", "widening", "mse", "widening"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from zsq.adam import Adam
 from zsq.errors import BadInput
 from zsq.insert import activation_quantizers
-from zsq.insert.access import without_quantizers
 from zsq.sources.base import Batch
 from zsq.sources.generator import autocast, learning
 from zsq.sources.replay import Replay
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from zsq.units import Unit
 
 AdversaryLoss = Callable[[View, View], Mapping[str, Tensor]]
-FirstLoss = Callable[[View], Mapping[str, Tensor]]
 Build = Callable[[torch.Generator | None], nn.Module]
 ALIVE = 1e-3  # spread over samples, as a share of the whole spread, below which a batch shows one image only
 
@@ -33,9 +30,7 @@ class AdversarySource:
 
     `draw` gives the images of fresh latents, a share of them replaced by images of earlier batches. Before every
     `turns`-th draw the generator takes one step: latents -> images -> teacher and student (both frozen, in eval mode,
-    left as they are) -> loss -> Adam. While the student's ranges are still being observed it takes one before every
-    draw, or none if it does not learn `early`: for a loss of its own if there is one, else against the rounding of the
-    weights alone (activations pass unrounded).
+    left as they are) -> loss -> Adam. While the student's ranges are still being observed it takes none.
 
     Every `watch` draws the batches since then are looked at: if one was the same image over and over, or a loss was not
     finite, the generator starts afresh, with new weights and a new optimizer, and says so.
@@ -53,8 +48,6 @@ class AdversarySource:
         betas: of Adam.
         milestones: numbers of finished draws after which the learning rate is multiplied by 0.1.
         turns: draws per step of the generator.
-        early: learn while the ranges are observed.
-        first: what is minimised meanwhile, named terms of the teacher's view; None for `loss`.
         replay: share of a batch that comes from earlier ones, in [0, 1).
         memory: number of batches that are remembered.
         watch: draws between two looks for a collapse; 0 for never.
@@ -71,7 +64,7 @@ class AdversarySource:
     def __init__(
         self, teacher: Teacher, student: nn.Module, build: Build, loss: AdversaryLoss, *, name: str, batch: int,
         stages: Sequence[Unit] = (), norms: bool = False, lr: float = 1e-3, betas: tuple[float, float] = (0.5, 0.999),
-        milestones: Sequence[int] = (), turns: int = 5, early: bool = True, first: FirstLoss | None = None,
+        milestones: Sequence[int] = (), turns: int = 5,
         replay: float = 0.25, memory: int = 16, watch: int = 20, precision: Literal["bf16", "float32"] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
@@ -90,7 +83,7 @@ class AdversarySource:
         self._build, self._say, self._norms = build, say, norms
         self._seen = tuple([stage.within(net) for stage in stages] for net in (student, teacher.net))
         self._lr, self._betas, self._milestones = lr, betas, tuple(milestones)
-        self._turns, self._early, self._first, self._share, self._watch = turns, early, first, replay, watch
+        self._turns, self._share, self._watch = turns, replay, watch
         self.generator = build(None).to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = self._adam()
         self._replay = Replay(max(1, memory * batch))
@@ -105,8 +98,8 @@ class AdversarySource:
             if self._watch and self._count and self._count % self._watch == 0:
                 self._look_back(rng)
             observing = any(site.observing for site in activation_quantizers(self._student).values())
-            if self._early if observing else self._count > 0 and self._count % self._turns == 0:
-                self._learn(rng, observing=observing)
+            if not observing and self._count > 0 and self._count % self._turns == 0:
+                self._learn(rng)
             with torch.no_grad():
                 images = self._batch(rng)
             self._count += 1
@@ -160,19 +153,17 @@ class AdversarySource:
             self._replay.push(images[: self.batch - again])
         return images.contiguous(memory_format=torch.channels_last)  # convolutions of the student are a quarter faster
 
-    def _learn(self, rng: torch.Generator, *, observing: bool) -> None:
+    def _learn(self, rng: torch.Generator) -> None:
         """One step of the generator."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * 0.1 ** sum(self._count >= m for m in self._milestones)
         in_student, in_teacher = self._seen
         images = self._images(self.batch, rng)
-        rounding = without_quantizers(self._student, weights=()) if observing else nullcontext()
-        with frozen(self._teacher.net), frozen(self._student), rounding:
+        with frozen(self._teacher.net), frozen(self._student):
             with autocast(self.device, self._precision):
                 t = _in_order(look(self._teacher.net, images, norms=self._norms, features=in_teacher), in_teacher)
-                alone = observing and self._first is not None
-                s = None if alone else _in_order(look(self._student, images, features=in_student), in_student)
-            terms = self._loss(s, t) if s is not None else self._first(t) if self._first is not None else {}
+                s = _in_order(look(self._student, images, features=in_student), in_student)
+            terms = self._loss(s, t)
             total = torch.stack(list(terms.values())).sum()
             # Only these: nothing may accumulate in teacher or student.
             total.backward(inputs=list(self.generator.parameters()))
