@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -46,9 +45,10 @@ def bounded_descent(
         chosen = SGD([group for group in groups if group["params"]], lr, momentum=0.9, nesterov=decay == "cosine")
 
     def bound(*_: Any) -> None:
-        clip_grad_norm_(student.parameters(), clip or math.inf)
+        clip_grad_norm_(student.parameters(), clip)
 
-    chosen.register_step_pre_hook(bound)
+    if clip:
+        chosen.register_step_pre_hook(bound)
     if decay == "cosine":
         return chosen, CosineAnnealingLR(chosen, max(steps, 1))
     return chosen, MultiStepLR(chosen, list(milestones), gamma=0.1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zsq.errors import BadInput
 from zsq.insert import activation_quantizers, freeze_ranges, observe_ranges
 from zsq.insert.integers import on_integers, require_small
-from zsq.precision import view_at, wide
+from zsq.precision import trainable_at, view_at, wide
 from zsq.run import Run
 from zsq.run.stage import Stateful
 from zsq.sources.base import Batch, Source, prepare
@@ -109,7 +109,8 @@ def fit(
         stage: name of the stage.
         micro_batch: pass at most this many images at a time through the student; the gradient is the same.
         history_of: gives the tensors of one history snapshot.
-        precision: of the student's products; quantizers and losses stay float32. integers: of codes where both factors
+        precision: of the student's products; quantizers and losses stay float32. bf16 becomes float32, with a note,
+            where torch's gradients are wrong in it (`zsq.precision`). integers: of codes where both factors
             are on a grid (`zsq.insert.integers`), exact forwards, gradients rounded to bfloat16; the others in
             float32. bf16: convolutions and linear layers of both networks in bfloat16. None: integers if the
             teacher's precision is bf16, else float32.
@@ -121,16 +122,19 @@ def fit(
         RunFailed: if the loss or a weight is not finite.
         Interrupted: if a signal stopped the run.
     """
-    precision = precision or ("integers" if teacher.precision == "bf16" else "float32")
-    _check(student, optimizer, micro_batch, precision)
-    add_gradient = gradient or partial(_loss_gradient, student, teacher.net, loss, features, precision)
+    wanted = precision or ("integers" if teacher.precision == "bf16" else "float32")
+    _check(student, optimizer, micro_batch, wanted)
+    chosen = trainable_at(student, wanted)
+    if chosen != wanted:
+        run.note(f"{stage}: float32 instead of {wanted}, whose gradient of grouped convolutions with dilation is wrong")
+    add_gradient = gradient or partial(_loss_gradient, student, teacher.net, loss, features, chosen)
     prepare(source, run)
     student.eval()
     objects: dict[str, Stateful] = {"student": student, "source": source, "optimizer": optimizer}
     objects |= {f"scheduler{i}": schedule for i, schedule in enumerate(schedulers)}
     if inundation is not None:
         objects["inundation"] = inundation
-    with on_integers(student) if precision == "integers" else nullcontext(()) as plans:
+    with on_integers(student) if chosen == "integers" else nullcontext(()) as plans:
         for step in run.steps(stage, steps, history_of=history_of, **objects):
             batch = source.draw(run.rng(stage, step))
             optimizer.zero_grad(set_to_none=True)

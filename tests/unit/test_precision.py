@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tiny import SHORT, Command, Folder, tiny_teacher
 from zsq import machine
 from zsq.errors import BadInput
 from zsq.machine import choose_precision, matrix_rate
+from zsq.precision import half_gradient_holds, trainable_at
 from zsq.recipes.gdfq import gdfq, source
 from zsq.run import Run
 
@@ -92,3 +94,16 @@ def test_the_command_records_and_keeps_it(zsq: Command, folder: Folder, tmp_path
     assert said.code == 2 and "precision" in said.err
     said = zsq(*command, "--resume")
     assert said.code == 0, said.err
+
+
+# ---- where bfloat16 is wrong
+
+
+def test_a_network_with_dilated_groups_is_not_trained_in_bf16() -> None:
+    grouped = nn.Conv2d(8, 8, 3, groups=8, dilation=2)
+    others = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, dilation=2), nn.Linear(2, 2)
+    assert not half_gradient_holds(grouped) and all(half_gradient_holds(layer) for layer in others)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), grouped)
+    found = [trainable_at(net, kind) for kind in ("float32", "bf16", "integers")]
+    assert found == ["float32", "float32", "integers"]
+    assert trainable_at(nn.Sequential(nn.Conv2d(1, 8, 3)), "bf16") == "bf16"

@@ -21,10 +21,12 @@ from zsq.errors import RunFailed
 from zsq.grid import Grid, encode
 from zsq.insert.graph import norms_behind
 from zsq.insert.layers import is_plain_conv
+from zsq.precision import half_gradient_holds
 from zsq.quantizer import LearnedStep, LiveMinMax, Quantizer
 from zsq.quantizer.base import ObservedRange
 
 _BLOCK = 1 << 17  # elements rounded at a time: seven passes over what is in the cache
+_DEAD = 0.01  # of the widest channel's range
 TOP = 127  # largest integer: signed 8 bits, and bfloat16 is exact up to 256
 
 
@@ -214,8 +216,9 @@ def plans(student: nn.Module) -> list[IntegerPlan]:
     """Find the layers of a student that can compute on integers.
 
     A convolution qualifies if its input is the output of frozen activation quantizers without negative values, its
-    weight is rounded with a straight-through gradient, nothing is folded into it, and all integers are small. Half of
-    the room is left free at the start, since the weights will move.
+    weight is rounded with a straight-through gradient, nothing is folded into it, its bfloat16 gradient is right
+    (`zsq.precision.half_gradient_holds`), no channel is dead beside the others, and all integers are small. Half of the
+    room is left free at the start, since the weights will move.
 
     Args:
         student: from `quantize`, its ranges frozen.
@@ -226,13 +229,15 @@ def plans(student: nn.Module) -> list[IntegerPlan]:
         if path is None or not isinstance(layer, nn.Conv2d) or not is_plain_conv(layer) or not _suits(layer, path):
             continue
         sources = tuple(source if source is not None and _small(source) else None for source in path.inputs)
-        if any(sources) and _largest(layer.weight, path.quantizer) <= TOP // 2:
+        if any(sources) and _alive(layer.weight) and _largest(layer.weight, path.quantizer) <= TOP // 2:
             found.append(IntegerPlan(layer, name, sources, norms.get(name) if layer.bias is None else None))
     return found
 
 
 def _suits(layer: Any, path: Any) -> bool:
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or path.norm is not None or path.sources:
+        return False
+    if not half_gradient_holds(layer):
         return False
     weight: Any = path.quantizer
     straight = isinstance(weight, LiveMinMax) and not weight.clip_gradient and weight.axis == 0
@@ -248,6 +253,13 @@ def _small(source: Quantizer) -> bool:
     grid = source.grid()
     low, high = (int(grid.zero) + end for end in (grid.qmin, grid.qmax))
     return low >= 0 and high <= TOP
+
+
+def _alive(weight: Tensor) -> bool:
+    """Whether all channels have a range to speak of: a dead one leaves the integers with the first step of an Adam."""
+    rows = weight.detach().flatten(1)
+    ranges = rows.amax(1).clamp(min=0) - rows.amin(1).clamp(max=0)
+    return bool((ranges >= _DEAD * ranges.max()).all())
 
 
 def _largest(weight: Tensor, quantizer: Quantizer) -> float:
