@@ -206,7 +206,7 @@ def adversary_by_subject(image: tuple[int, int, int], bits: tuple[int, int]) -> 
     large, many = max(image[1:]) > 64, bits[1] >= 6
     chosen = {
         "ranges": "widening" if many else "mse" if large else "cubed",
-        "leaves": 384 if large else 1024,
+        "leaves": max(8, min(384, 2**26 // math.prod(image))) if large else 1024,  # 256 MB at most
         "lr": (3e-5 if large else 1e-4) * min(1.0, 2.0 ** (4 - bits[0])),
     }
     return chosen | ({"width": 16} if large else {})

@@ -74,6 +74,12 @@ def test_an_update_is_measured_in_steps_of_the_grid(image: tuple[int, int, int])
     assert rates[3] == rates[4] == 16 * rates[8]
 
 
+def test_drawn_images_take_no_more_than_a_quarter_of_a_gigabyte() -> None:
+    sizes = (32, 32), (192, 192), (512, 512), (4096, 4096)
+    counts = [adversary_by_subject((3, *size), (4, 4))["leaves"] for size in sizes]
+    assert counts == [1024, 384, 85, 8]
+
+
 def test_ranges_of_few_bits_are_narrow() -> None:
     kinds = [(image, (4, bits)) for image in (SMALL, LARGE) for bits in (4, 8)]
     found = [adversary_by_subject(*kind)["ranges"] for kind in kinds]
