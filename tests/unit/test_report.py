@@ -133,6 +133,15 @@ def test_every_placement_and_real_images(zsq: Command, folder: Folder) -> None:
     assert facts["size"]["rest"] == 4 * (6 + 8 + 10)  # int32 biases: two of folded BatchNorms, one of the classifier
 
 
+def test_images_of_another_size_than_the_networks(zsq: Command) -> None:
+    said = zsq("quantize", "shapes-segment", "--recipe", "zaq", "--steps", 1, "--warmup", 1, "--batch", 4,
+               "--leaves", 8, "--synthetic", "48x40", "--run", "small")  # fmt: skip
+    assert said.code == 0, said.err
+    facts = package.report("small", count=2, progress=False)
+    assert facts["images"] is not None
+    assert Path("small/report.html").read_text().count("<img") > 2
+
+
 # ---- what is missing, what is damaged
 
 
@@ -163,7 +172,7 @@ def test_a_bare_run_still_gives_a_page(run_copy: Path) -> None:
         (lambda run: (run / "metrics.jsonl").write_text('{"stage": "fit", "step": 1, "kl": 1}\n{"st'), "in line 2"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe\x00"), "expected a text file"),
         (lambda run: (run / "images.safetensors").write_bytes(b"short"), "a truncated file"),
-        (lambda run: save_tree(run / "images.safetensors", {"images": torch.zeros(3, 1, 4, 4)}), "expected finite images"),  # noqa: E501
+        (lambda run: save_tree(run / "images.safetensors", {"images": torch.zeros(3, 2, 8, 8)}), "expected finite images"),  # noqa: E501
         (lambda run: save_tree(run / "images.safetensors", {"images": torch.full((2, 1, 8, 8), math.nan)}), "finite"),
         (lambda run: save_tree(run / "images.safetensors", {"images": torch.zeros(2, 1, 8, 8), "labels": torch.tensor([1, 10])}),  # noqa: E501
          "expected labels of 10 classes"),

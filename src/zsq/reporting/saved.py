@@ -59,6 +59,8 @@ def labelled_images(path: Path, teacher: Teacher) -> Labelled | None:
 def saved_images(path: Path, teacher: Teacher) -> tuple[Tensor | None, Tensor | None]:
     """Saved images of a run and what they were made for; None for what is not there.
 
+    They have the size of the teacher's input, or another one that the network takes (`--synthetic`).
+
     Raises:
         BadInput: if the file is damaged or does not fit the teacher.
     """
@@ -67,7 +69,7 @@ def saved_images(path: Path, teacher: Teacher) -> tuple[Tensor | None, Tensor | 
         return None, None
     tree = load_tree(file)
     images = tree.get("images") if isinstance(tree, dict) else None
-    fits = isinstance(images, Tensor) and images.dim() == 4 and tuple(images.shape[1:]) == teacher.image
+    fits = isinstance(images, Tensor) and images.dim() == 4 and _takes(teacher, tuple(images.shape[1:]))
     if not isinstance(images, Tensor) or not fits or len(images) == 0 or not bool(images.isfinite().all()):
         return damaged(file, f"finite images of shape [n, {', '.join(map(str, teacher.image))}]", "other data")
     labels = tree.get("labels", tree.get("soft_labels"))
@@ -79,6 +81,15 @@ def saved_images(path: Path, teacher: Teacher) -> tuple[Tensor | None, Tensor | 
     else:
         right = right and labels.dim() == 2 and labels.shape[1] == teacher.classes
     return (images, labels) if right else damaged(file, f"labels of {teacher.classes} classes", "other ones")
+
+
+def _takes(teacher: Teacher, image: tuple[int, ...]) -> bool:
+    if image == teacher.image or image[0] != teacher.image[0] or min(image) < 1:
+        return image == teacher.image
+    try:
+        return teacher.sized((image[1], image[2])).image == image
+    except BadInput:
+        return False
 
 
 def damaged(file: Path, expected: str, got: str) -> Any:
