@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,13 +28,17 @@ def calibrated(net: nn.Module, images: Tensor, *, placement: str = "paper", bits
     return student
 
 
-def means(net: nn.Module, name: str, images: Tensor) -> Tensor:
+def per_channel(statistic: Callable[..., Tensor], net: nn.Module, name: str, images: Tensor) -> Tensor:
+    """A statistic of every channel of what a module gives."""
     seen: list[Tensor] = []
-    handle = net.get_submodule(name).register_forward_hook(lambda _m, _a, out: seen.append(out.mean((0, 2, 3))))
+    handle = net.get_submodule(name).register_forward_hook(lambda _m, _a, out: seen.append(statistic(out, (0, 2, 3))))
     with torch.no_grad():
         net(images)
     handle.remove()
     return seen[0]
+
+
+means, spreads = partial(per_channel, torch.mean), partial(per_channel, torch.std)
 
 
 @pytest.mark.parametrize("placement", ["paper", "deploy"])
@@ -84,15 +91,6 @@ def test_the_teacher_stays_and_no_hook_is_left() -> None:
     assert all(torch.equal(before[key], value) for key, value in teacher.net.state_dict().items())
     hooked = [*teacher.net.modules(), *student.modules()]
     assert not any(module._forward_hooks for module in hooked)
-
-
-def spreads(net: nn.Module, name: str, images: Tensor) -> Tensor:
-    seen: list[Tensor] = []
-    handle = net.get_submodule(name).register_forward_hook(lambda _m, _a, out: seen.append(out.std((0, 2, 3))))
-    with torch.no_grad():
-        net(images)
-    handle.remove()
-    return seen[0]
 
 
 @pytest.mark.parametrize("placement", ["paper", "deploy"])
