@@ -19,7 +19,7 @@ def rng() -> torch.Generator:
 
 
 @pytest.mark.parametrize(
-    ("share", "batch", "second"), [(0.25, 16, 4), (0.5, 9, 4), (0.01, 16, 2), (0.99, 16, 14), (0.3, 4, 2)]
+    ("share", "batch", "second"), [(0.25, 16, 4), (0.5, 9, 4), (0.01, 16, 1), (0.99, 16, 15), (0.3, 4, 1), (0.25, 2, 1)]
 )
 def test_shares(share: float, batch: int, second: int) -> None:
     mixed = MixedSource(flat(0.0, "drawn"), flat(1.0, "made"), share=share, batch=batch)
@@ -48,5 +48,5 @@ def test_a_share_that_is_none(share: float) -> None:
 
 
 def test_a_batch_too_small_for_two() -> None:
-    with pytest.raises(BadInput, match="--batch: expected at least 4"):
-        MixedSource(flat(0.0, "a"), flat(1.0, "b"), share=0.5, batch=3)
+    with pytest.raises(BadInput, match="--batch: expected at least 2"):
+        MixedSource(flat(0.0, "a"), flat(1.0, "b"), share=0.5, batch=1)

@@ -33,9 +33,9 @@ class MixedSource:
     Args:
         first: gives the images in front.
         second: gives those behind.
-        share: of the second in every batch, above 0 and below 1; each gives at least `least` images.
+        share: of the second in every batch, above 0 and below 1; each gives at least one image.
         batch: images per draw.
-        least: fewest images that either source may be asked for.
+        least: fewest images that the second can make; those too many are left out.
 
     Raises:
         BadInput: the share is none, or the batch too small for two parts.
@@ -52,19 +52,17 @@ class MixedSource:
     @property
     def batch(self) -> int:
         """Images per draw."""
-        return self._first.batch + self._second.batch
+        return self._count
 
     @batch.setter
     def batch(self, count: int) -> None:
         """Images per draw."""
-        self._first.batch, self._second.batch = self._split(count)
-
-    def _split(self, count: int) -> tuple[int, int]:
-        if count < 2 * self._least:
-            raise BadInput("--batch", expected=f"at least {2 * self._least} images, for two sources", got=count,
+        if count < 2:
+            raise BadInput("--batch", expected="at least 2 images, for two sources", got=count,
                            fix="Choose a larger batch.")  # fmt: skip
-        second = min(max(round(count * self._share), self._least), count - self._least)
-        return count - second, second
+        self._count = count
+        self._behind = min(max(round(count * self._share), 1), count - 1)
+        self._first.batch, self._second.batch = count - self._behind, max(self._least, self._behind)
 
     def prepare(self, run: Run) -> None:
         """Let both prepare."""
@@ -73,9 +71,9 @@ class MixedSource:
 
     def draw(self, rng: torch.Generator) -> Batch:
         """A batch of both."""
-        parts = [source.draw(rng) for source in (self._first, self._second)]
+        front, behind = self._first.draw(rng).images, self._second.draw(rng).images[: self._behind]
         self.metrics = self._first.metrics | self._second.metrics
-        images = torch.cat([part.images for part in parts])
+        images = torch.cat([front, behind])
         return Batch(images.contiguous(memory_format=torch.channels_last))
 
     def sample(self, count: int, rng: torch.Generator) -> Batch:
