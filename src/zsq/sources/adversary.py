@@ -64,8 +64,8 @@ class AdversarySource:
     def __init__(
         self, teacher: Teacher, student: nn.Module, build: Build, loss: AdversaryLoss, *, name: str, batch: int,
         stages: Sequence[Unit] = (), norms: bool = False, lr: float = 1e-3, betas: tuple[float, float] = (0.5, 0.999),
-        milestones: Sequence[int] = (), turns: int = 5,
-        replay: float = 0.25, memory: int = 16, watch: int = 20, precision: Literal["bf16", "float32"] | None = None,
+        milestones: Sequence[int] = (), turns: int = 5, replay: float = 0.25,
+        memory: int = 16, watch: int = 20, precision: Literal["bf16", "float32"] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         if batch < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from zsq.errors import BadInput
 from zsq.generators_adversarial import NATURAL_MEAN, NATURAL_STD, SMALL
 from zsq.sources.base import Batch
-from zsq.sources.pool import HELD_OUT, PoolSource
+from zsq.sources.pool import HELD_OUT, MadePool, PoolSource
 
 if TYPE_CHECKING:
     from zsq.run import Run
@@ -120,7 +120,7 @@ def _clouds(count: int, channels: int, image: tuple[int, int, int], rng: torch.G
     return waves / waves.std((2, 3), correction=0, keepdim=True).clamp_min(1e-12)
 
 
-class LeavesSource:
+class LeavesSource(MadePool):
     """Images by `dead_leaves`, drawn before the first batch and read many times, in the teacher's normalised space.
 
     Where the teacher's mean and standard deviation are unknown, pixels are standardised as natural ones are. An eighth
@@ -141,24 +141,16 @@ class LeavesSource:
     ) -> None:
         if count < 8:
             raise BadInput("--leaves", expected="0 for none, or at least 8 images", got=count, fix="Ask for more.")
-        self.name, self.batch = "leaves", batch
-        self.metrics: dict[str, Tensor] = {}
-        self._teacher, self._count, self._image = teacher, count, image or teacher.image
-        self._pool: PoolSource | None = None
+        super().__init__(teacher, name="leaves", batch=batch, facts={"count": count})
+        self._count, self._image = count, image or teacher.image
 
     def prepare(self, run: Run) -> None:
-        """Draw the images; at once if that is done."""
+        """Draw the images, a function of the run's seed; at once if that is done."""
         if self._pool is not None:
             return
         held_out = max(1, self._count // (HELD_OUT - 1))
         made = self._normalised(dead_leaves(self._count + held_out, self._image, run.rng("leaves", 0)))
         self._pool = PoolSource(made, None, name=self.name, batch=self.batch, held_out=held_out)
-
-    def draw(self, rng: torch.Generator) -> Batch:
-        """A batch drawn with replacement from the part that is not held out."""
-        pool = self._ready()
-        pool.batch = self.batch
-        return pool.draw(rng)
 
     def sample(self, count: int, rng: torch.Generator) -> Batch:
         """Held-out images, each at most once; new ones where more are asked for."""
@@ -167,24 +159,8 @@ class LeavesSource:
             return Batch(held)
         return Batch(torch.cat([held, self._normalised(dead_leaves(count - len(held), self._image, rng))]))
 
-    def pick(self, count: int, rng: torch.Generator) -> Batch:
-        """Up to `count` images of the part that is not held out, in a random order, each at most once."""
-        return self._ready().pick(count, rng)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the images are a function of the run's seed."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
     def _normalised(self, pixels: Tensor) -> Tensor:
         mean = self._teacher.mean or (NATURAL_MEAN,) * self._image[0]
         std = self._teacher.std or (NATURAL_STD,) * self._image[0]
         middle, spread = (torch.tensor(value)[:, None, None] for value in (mean, std))
         return ((pixels - middle) / spread).to(next(self._teacher.net.parameters()).device)
-
-    def _ready(self) -> PoolSource:
-        if self._pool is None:
-            raise ValueError("source leaves: expected prepare(run) before the first draw")
-        return self._pool
